@@ -1,0 +1,286 @@
+"""What several commands share: options, prompts, recipes, model loading, one timed generation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnpatch.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from attnpatch.patch import Patch
+    from attnpatch.recipe import Recipe
+
+DENSE = "dense"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A local folder, a hub id (downloaded if absent), or 'testbed'.")
+]
+PatchOption = Annotated[str | None, typer.Option("--patch", help="A method, or a+b; attnpatch list shows all.")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A packaged recipe or a .yaml file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter; repeatable.")
+]
+PromptOption = Annotated[str | None, typer.Option("--prompt", help="The prompt.")]
+PromptFileOption = Annotated[str | None, typer.Option("--prompt-file", help="A file with the prompt; - is stdin.")]
+ContextOption = Annotated[str | None, typer.Option("--context-file", help="A long text; needs --question.")]
+QuestionOption = Annotated[str | None, typer.Option("--question", help="Asked after the text of --context-file.")]
+NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 = greedy; above 0 samples.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="auto, float32, bfloat16, float16. Default: float32 on a CPU, else auto.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device-map", help="cpu, cuda, auto ... Default: cuda if there is one, else cpu.")
+]
+RawOption = Annotated[bool, typer.Option("--raw", help="Feed the prompt as it is, without the chat template.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def print_columns(rows: list[tuple[str, ...]]) -> None:
+    """Left-aligned columns; the first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+def human_bytes(n: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
+
+
+def percent(part: float, whole: float) -> str:
+    """'4.1 %', or '-' without a whole."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+# ---- what to apply -----------------------------------------------------------------------------------------------
+def chosen_recipe(patch: str | None, recipe: str | None, settings: list[str] | None) -> Recipe | None:
+    """The recipe from --patch or --recipe with --set on top; None for --patch dense."""
+    from attnpatch.recipe import Recipe, load_recipe, merge_settings
+
+    if (patch is None) == (recipe is None):
+        raise ConfigError("give exactly one of --patch NAME and --recipe FILE (--patch dense runs without a patch).")
+    if patch == DENSE:
+        if settings:
+            raise ConfigError("--patch dense has no hyperparameters; leave --set out.")
+        return None
+    base = Recipe(patch) if patch is not None else load_recipe(str(recipe))
+    return merge_settings(base, settings or [])
+
+
+def required_recipe(patch: str | None, recipe: str | None, settings: list[str] | None) -> Recipe:
+    """As chosen_recipe, for commands that need a method."""
+    chosen = chosen_recipe(patch, recipe, settings)
+    if chosen is None:
+        raise ConfigError("this command needs a method; name one with --patch (attnpatch list shows all).")
+    return chosen
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------
+def read_prompt(prompt: str | None, prompt_file: str | None, context_file: str | None, question: str | None) -> str:
+    """The prompt's text from one of the three ways to give it. Raises on an empty one."""
+    if sum(x is not None for x in (prompt, prompt_file, context_file)) != 1:
+        raise ConfigError("give exactly one of --prompt, --prompt-file (- for stdin) and --context-file.")
+    if (context_file is None) != (question is None):
+        raise ConfigError("--context-file and --question belong together; give both.")
+    if context_file is not None:
+        context = _read_file(context_file).strip()
+        if not context or not (question or "").strip():
+            raise InputError("the context file or the question is empty; give text in both.")
+        return f"{context}\n\n{question}"
+    text = prompt if prompt_file is None else _read_file(prompt_file)
+    if not text or not text.strip():
+        raise InputError("the prompt is empty; give some text.")
+    return text
+
+
+def _read_file(path: str) -> str:
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+
+
+def encode(tokenizer: Any, text: str, raw: bool) -> Any:
+    """Token ids [1, N] of the prompt, through the chat template unless raw."""
+    if raw:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    elif not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("the model's tokenizer has no chat template; add --raw to feed the prompt as it is.")
+    else:
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+    if not ids.shape[1]:
+        raise InputError("the prompt has no tokens; give some text.")
+    return ids
+
+
+# ---- models ------------------------------------------------------------------------------------------------------
+def load_model(name: str, dtype: str | None, device_map: str | None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a local folder, a hub id or the embedded testbed."""
+    from attnpatch.engine.compat import check_versions
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype!r} is not allowed; choose one of {', '.join(DTYPES)}.")
+    check_versions()
+    import torch
+
+    quiet()
+    device_map = device_map or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = device_map == "cpu" or not torch.cuda.is_available()
+    dtype = dtype or ("float32" if on_cpu else "auto")
+    if name == "testbed":
+        model, tokenizer = load_testbed()
+        wanted = model.dtype if dtype == "auto" else getattr(torch, dtype)
+        return model.to(device="cpu" if on_cpu else "cuda", dtype=wanted), tokenizer
+    looks_local = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    path = Path(name).expanduser()
+    if looks_local and not path.is_dir():
+        raise ConfigError(f"there is no model folder {name!r}; check the path, or give a hub id such as org/model.")
+    return _from_pretrained(str(path) if path.is_dir() else name, dtype, device_map)
+
+
+def _from_pretrained(source: str, dtype: str, device_map: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, device_map=device_map, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError ...
+        if "--debug" in sys.argv:
+            raise
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"the model {source!r} cannot be loaded: {first}") from error
+    return model.eval(), tokenizer
+
+
+def load_testbed() -> tuple[Any, Any]:
+    """The embedded model, or an error that says what is missing."""
+    quiet()
+    from attnpatch import testbed
+
+    try:
+        model, tokenizer = testbed.load()
+    except OSError as error:
+        raise ConfigError(
+            "the embedded model's weights are missing or unreadable; reinstall attnpatch from a complete checkout."
+        ) from error
+    return model.eval(), tokenizer
+
+
+def quiet() -> None:
+    """Keep transformers' notices and loading bars off the terminal; errors still come."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+# ---- one generation ----------------------------------------------------------------------------------------------
+@dataclass
+class Result:
+    """One generation, timed."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    bytes_held: int
+    bytes_dense: int
+    patch: str = DENSE
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    new_ids: list[int] = field(default_factory=list, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        data = {k: v for k, v in self.__dict__.items() if k != "new_ids"}
+        return {**data, "seconds": round(self.seconds, 3)}
+
+    def summary(self) -> str:
+        held = f"KV held {human_bytes(self.bytes_held)} of {human_bytes(self.bytes_dense)} dense"
+        share = percent(self.bytes_held, self.bytes_dense)
+        return f"{self.patch}: {self.prompt_tokens} + {self.new_tokens} tokens, {self.seconds:.1f} s, {held} ({share})"
+
+
+def generate_once(
+    model: Any,
+    tokenizer: Any,
+    ids: Any,
+    patches: list[Patch] | None,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    streamer: Any = None,
+) -> Result:
+    """Generate from ids [1, N], under the patches if there are any; the model is as before afterwards."""
+    import time
+    from contextlib import nullcontext
+
+    import torch
+
+    from attnpatch.api import patched
+
+    ids = ids.to(model.get_input_embeddings().weight.device)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else greedy_options(model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with patched(model, patches) if patches else nullcontext(), torch.inference_mode():
+        start = time.perf_counter()
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
+            pad_token_id=pad, return_dict_in_generate=True, **sampling,
+        )  # fmt: skip
+        new_ids = out.sequences[0, ids.shape[1] :].tolist()  # waits for the device
+        seconds = time.perf_counter() - start
+        if patches:
+            from attnpatch.report import status
+
+            report = status(model)
+            held, dense = report.bytes_held, report.bytes_dense
+        else:
+            held = dense = cache_bytes(out.past_key_values)
+    text = tokenizer.decode(new_ids, skip_special_tokens=True)
+    names = "+".join(p.name for p in patches) if patches else DENSE
+    return Result(text, ids.shape[1], len(new_ids), seconds, held, dense, names, settings_of(patches), new_ids)
+
+
+def settings_of(patches: list[Patch] | None) -> dict[str, Any]:
+    """Hyperparameters as they run: flat for one method, per method for several."""
+    if not patches:
+        return {}
+    return patches[0].hyperparameters() if len(patches) == 1 else {p.name: p.hyperparameters() for p in patches}
+
+
+def greedy_options(model: Any) -> dict[str, Any]:
+    """Arguments that make generate greedy whatever the model's generation_config says."""
+    config = model.generation_config
+    sampling = [
+        k for k in ("temperature", "top_p", "top_k", "min_p", "typical_p") if getattr(config, k, None) is not None
+    ]
+    return {"do_sample": False, "num_beams": 1, **dict.fromkeys(sampling)}
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of K and V in a transformers cache."""
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,102 @@
+"""attnpatch doctor: what is installed, what can be used, and why not."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib import metadata
+from typing import Any
+
+import typer
+
+from attnpatch.cli._common import JsonOption, human_bytes, print_json
+
+OLDEST_TORCH = (2, 11)
+PACKAGES = ("accelerate", "safetensors", "flash-attn-4", "flash-attn", "triton", "peft", "torchao")
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Show versions, the GPU and the usable attention backends. Exit code 1 if attnpatch cannot run here."""
+    data = collect()
+    if as_json:
+        print_json(data)
+    else:
+        _print(data)
+    if data["problems"]:
+        raise typer.Exit(1)
+
+
+def collect() -> dict[str, Any]:
+    """Everything doctor reports, as plain data."""
+    from attnpatch import __version__
+
+    problems: list[str] = []
+    data: dict[str, Any] = {
+        "attnpatch": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": _version("torch"),
+        "transformers": _version("transformers"),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "gpus": [],
+        "backends": [],
+        "problems": problems,
+    }
+    _check_transformers(problems)
+    if data["torch"] is None:
+        problems.append("torch is not installed; run: python -m pip install torch.")
+        return data
+    if _numbers(data["torch"]) < OLDEST_TORCH:
+        problems.append(f"torch {data['torch']} is older than 2.11; run: python -m pip install 'torch>=2.11'.")
+    import torch
+
+    data["threads"] = torch.get_num_threads()
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        data["gpus"].append({"name": p.name, "memory": p.total_memory, "capability": f"{p.major}.{p.minor}"})
+    if data["transformers"] is not None:
+        from attnpatch.executors.dense import backends
+
+        data["backends"] = [{"name": n, "usable": bool(u), "reason": r} for n, u, r in backends()]
+    return data
+
+
+def _check_transformers(problems: list[str]) -> None:
+    from attnpatch.engine.compat import check_versions
+    from attnpatch.errors import VersionError
+
+    try:
+        check_versions()
+    except VersionError as error:
+        problems.append(str(error))
+    except metadata.PackageNotFoundError:
+        problems.append("transformers is not installed; run: python -m pip install 'transformers>=5.14,<6'.")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+
+
+def _print(data: dict[str, Any]) -> None:
+    for key in ("attnpatch", "python", "platform", "torch", "transformers"):
+        typer.echo(f"{key:<13} {data[key] or 'not installed'}")
+    for name, version in data["packages"].items():
+        typer.echo(f"{name:<13} {version or 'not installed (optional)'}")
+    for gpu in data["gpus"]:
+        typer.echo(f"GPU           {gpu['name']}, {human_bytes(gpu['memory'])}, capability {gpu['capability']}")
+    if not data["gpus"]:
+        typer.echo("GPU           none that torch can use")
+    typer.echo("\nattention backends:")
+    for b in data["backends"]:
+        typer.echo(f"  {b['name']:<14} {'usable' if b['usable'] else 'not usable: ' + b['reason']}")
+    for problem in data["problems"]:
+        typer.echo(f"problem: {problem}")
+    if not data["problems"]:
+        typer.echo("\nno problems found")

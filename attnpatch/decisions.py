@@ -1,0 +1,93 @@
+"""The vocabulary between methods and executors. Grows with the first method that needs a word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from attnpatch.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which (query, key) pairs are attended. Without fields: every held key not after the query (dense causal)."""
+
+
+@dataclass(frozen=True)
+class KeepSet:
+    """Which slots of a cache layer stay. Give `index` (rebuild) or `drop` (overwrite in place), never both.
+
+    index: integer [B, H', M], ascending, H' in {1, Hkv}: slots that stay.
+    count: integer [B, H'] or None: how many of the M are meant (rows shorter than the budget); None = all M.
+    drop:  integer [B, H', m]: slots overwritten by the newest entries, O(m); the layer shrinks by m.
+    """
+
+    index: torch.Tensor | None = None
+    count: torch.Tensor | None = None
+    drop: torch.Tensor | None = None
+
+    def validate(self, batch: int, kv_heads: int, slots: int) -> None:
+        """Raise InputError unless shapes, ranges and order fit a layer of [batch, kv_heads, slots]."""
+        given = self.index if self.index is not None else self.drop
+        if given is None or (self.index is not None and self.drop is not None):
+            raise InputError("a KeepSet needs exactly one of index and drop.")
+        if given.ndim != 3 or given.shape[0] != batch or given.shape[1] not in (1, kv_heads):
+            raise InputError(f"KeepSet of shape {tuple(given.shape)}; expected [{batch}, 1 or {kv_heads}, M].")
+        if given.numel() and (int(given.min()) < 0 or int(given.max()) >= slots):
+            raise InputError(f"KeepSet names slots outside 0..{slots - 1}.")
+        if self.index is not None and self.count is None and bool((given.diff(dim=-1) <= 0).any()):
+            raise InputError("KeepSet index must ascend without repeats.")
+
+    @classmethod
+    def top(
+        cls, scores: torch.Tensor, capacity: Sequence[int], pos: torch.Tensor,
+        tail: int | Sequence[int] = 0, head: int = 0,
+    ) -> KeepSet:  # fmt: skip
+        """The best `capacity[b]` slots of each row, always with its first `head` and last `tail` tokens.
+
+        scores: fp32 [B, H', S]; pos: int [B, 1|H', S] true positions, -1 = empty slot (never kept).
+        tail may differ by row. Ties go to the later slot. Rows with fewer tokens than the widest row are filled up and counted.
+        """
+        import torch
+
+        heads = scores.shape[1]
+        pos = pos.expand(-1, heads, -1)  # [B, H', S]
+        valid = pos >= 0
+        last = pos.amax(dim=-1, keepdim=True)  # newest position of the row
+        if not isinstance(tail, int):
+            tail = torch.as_tensor(list(tail), device=pos.device)[:, None, None]
+        pinned = valid & ((pos > last - tail) | (pos < head))
+        rank = scores.float().masked_fill(pinned, float("inf")).masked_fill(~valid, float("-inf"))
+        width = min(max(capacity), scores.shape[-1])
+        # stable descending sort of the reversed row: equal scores come out latest slot first
+        order = rank.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :width]
+        index = scores.shape[-1] - 1 - order  # [B, H', width], best first
+        room = torch.as_tensor(list(capacity), device=scores.device)[:, None].clamp(max=width)  # [B, 1]
+        count = torch.minimum(valid.sum(-1), room)  # [B, H']
+        meant = torch.arange(width, device=scores.device) < count[..., None]
+        ascending = torch.where(meant, index, index + scores.shape[-1]).sort(dim=-1).values
+        index = torch.where(meant, ascending, ascending - scores.shape[-1])
+        full = len(set(capacity)) == 1 and not bool((count < width).any())  # at a prompt the host may wait
+        return cls(index=index, count=None if full else count)
+
+    @classmethod
+    def drop_worst(cls, scores: torch.Tensor, pos: torch.Tensor, limit: torch.Tensor) -> KeepSet:
+        """One slot to overwrite in each head: the lowest score where a row holds more than `limit[b]`, else a hole.
+
+        scores: fp32 [B, H', S], +inf = protected; pos: int [B, 1|H', S]; limit: int [B]. Ties drop the older token.
+        Never waits for the device; there must be a hole wherever a row is within its limit.
+        """
+        import torch
+
+        pos = pos.expand(-1, scores.shape[1], -1)
+        valid = pos >= 0
+        over = valid.sum(-1, keepdim=True) > limit[:, None, None]  # [B, H', 1]
+        lowest = scores.masked_fill(~valid, float("inf"))
+        worst = valid & (lowest == lowest.amin(-1, keepdim=True))
+        far = torch.iinfo(pos.dtype).max
+        oldest = torch.where(worst, pos, far).argmin(-1, keepdim=True)
+        return cls(drop=torch.where(over, oldest, pos.argmin(-1, keepdim=True)))

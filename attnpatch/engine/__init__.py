@@ -1,0 +1,1 @@
+"""Every contact with transformers lives here; methods and executors never import it."""

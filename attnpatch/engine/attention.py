@@ -1,0 +1,196 @@
+"""The one attention function and the one mask function registered with transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnpatch.decisions import Selection
+from attnpatch.engine.cache import PatchLayer
+from attnpatch.engine.call import KV, Call, Ctx
+from attnpatch.errors import PatchStateError, UnsupportedModeError, UnsupportedModelError
+from attnpatch.executors import dense
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnpatch.patch import Patch
+
+_DENSE = Selection()
+_NEUTRAL = {"position_ids", "use_cache", "cache_position", "output_hidden_states", "return_dict", "is_causal"}
+
+
+def mask(
+    batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True, **kwargs: Any,
+) -> Tensor | None:  # fmt: skip
+    """Hand the 2-D padding mask down; each layer builds its own mask from it. Overlays become a 4-D bool mask."""
+    if not allow_is_causal_skip and q_length > 1:
+        from transformers.masking_utils import sdpa_mask
+
+        return sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask,
+            allow_is_causal_skip=False, **kwargs,
+        )  # fmt: skip
+    return attention_mask
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None,
+    sliding_window: int | None = None, attnpatch: Call | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """query [B, Hq, T, D], key/value [B, Hkv, T or S, D] after RoPE -> (out [B, T, Hq, D], None)."""
+    if attnpatch is None:
+        raise PatchStateError(
+            "the patched attention ran without its forward hook (a compiled graph older than the patch, or a module "
+            "called on its own); run torch.compiler.reset() and call the model itself."
+        )
+    _check_keywords(kwargs)
+    call, scaling = attnpatch, query.shape[-1] ** -0.5 if scaling is None else scaling
+    call.read_mask(attention_mask)
+    layer = call.cache.layers[module.layer_idx] if call.cache is not None else None
+    if isinstance(layer, PatchLayer):
+        return _patched(call, layer, module.layer_idx, query, key, value, scaling, softcap), None
+    return _stock(call, query, key, value, scaling, softcap, sliding_window), None
+
+
+def _check_keywords(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModeError(
+            "output_attentions=True needs the N x N matrix, which a patched model never builds; "
+            "unpatch_model(model) and load with attn_implementation='eager' for that."
+        )
+    for name, value in kwargs.items():
+        if name not in _NEUTRAL and isinstance(value, torch.Tensor):
+            raise UnsupportedModelError(
+                f"the model passes {name!r} to its attention, which attnpatch does not compute; "
+                "unpatch the model, or report the family so that it can be added."
+            )
+
+
+def _stock(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None, window: int | None
+) -> Tensor:
+    """Layers that stay as transformers keeps them (sliding window, no cache): dense, pads where they are fed."""
+    batch, slots = q.shape[0], k.shape[2]
+    offset = call.after - slots  # position of the first returned key, in fed order
+    if window is not None and slots <= window and call.length == 1:
+        window = None  # the layer holds no more than its window: one query sees all of it
+    kv = KV(k, v, None)  # type: ignore[arg-type]
+    q_pos = None
+    if call.padding is not None or window is not None:
+        # the window counts fed tokens, as transformers does
+        pos = torch.arange(offset, call.after, device=q.device, dtype=torch.int32).expand(batch, 1, -1)
+        q_pos = torch.arange(call.before, call.after, device=q.device).expand(batch, -1)
+        if call.padding is not None:
+            real = call.padding.to(q.device)
+            pos = torch.where(real[:, None, offset:], pos, -1)
+            q_pos = torch.where(real[:, call.before :], q_pos, -1)
+        kv = KV(k, v, pos, holes=call.padding is not None, ordered=True)
+    custom = None if call.custom is None else call.custom.to(q.device)[..., -slots:]
+    ctx = _ctx(call, 0, 1, q_pos, scaling, softcap, window, custom)
+    return dense.run(q, kv, _DENSE, ctx)[0]
+
+
+def _ctx(
+    call: Call, layer: int, n_layers: int, q_pos: Tensor | None, scaling: float, softcap: float | None,
+    window: int | None = None, custom: Tensor | None = None, prompt_len: tuple[int, ...] = (),
+) -> Ctx:  # fmt: skip
+    return Ctx(
+        layer, n_layers, call.phase, call.event, q_pos, prompt_len,  # type: ignore[arg-type]
+        scaling, softcap, window, custom,
+    )  # fmt: skip
+
+
+def _patched(
+    call: Call, layer: PatchLayer, index: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """align, append, attend, observe, keep, un-align: the order of work inside one attention call."""
+    plan, cache, event = call.plan, call.cache, call.event
+    cache.batch = q.shape[0]
+    ordinal = plan.ordinal.get(index)
+    q_pos = call.q_pos(q.shape[0], q.device) if call.padding is not None else None
+    order = call.order(q.device)
+    if order is not None:
+        q, k, v = (x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (q, k, v))
+        q_pos = q_pos.gather(1, order)
+    kv = layer.append(k, v, q_pos)
+    if kv.holes:
+        kv.pos = layer.pos
+    keeper = plan.keeper if ordinal is not None and _may_evict(plan.keeper, layer, event, cache.turn) else None
+    observers = plan.observers if ordinal is not None else ()
+    custom = _custom_mask(call, layer, order, q, keeper)
+    ctx = _ctx(call, ordinal or 0, len(plan.covered), q_pos, scaling, softcap, None, custom)
+    want_lse = bool(observers) and plan.needs_lse
+    out, lse = dense.run(q, kv, _DENSE, ctx, want_lse)  # [B, T, Hq, D]
+    if event != "step" and ordinal is not None and plan.query_tail and plan.keeper is not None:
+        layer.tail = _push_tail(layer.tail, q, q_pos, call, plan.query_tail)
+    if observers or keeper is not None:
+        _decide(call, layer, kv, ctx, q, lse, observers, keeper)
+    if order is None:
+        return out
+    back = order.argsort(dim=-1)[:, :, None, None].expand(-1, -1, out.shape[2], out.shape[3])
+    return out.gather(1, back)
+
+
+def _may_evict(keeper: Patch | None, layer: PatchLayer, event: str, turn: int) -> bool:
+    """A method is asked at its declared events; at a later turn only if nothing was evicted or it recompresses."""
+    if keeper is None or event not in keeper.evict_at:
+        return False
+    return event == "step" or layer.complete or layer.compressed_turn == turn or keeper.recompresses
+
+
+def _custom_mask(call: Call, layer: PatchLayer, order: Any, q: Tensor, keeper: Any) -> Tensor | None:
+    if call.custom is None:
+        return None
+    if not layer.complete or layer.holes or order is not None:
+        raise UnsupportedModeError(
+            "a 4-D attention mask (image blocks, packed sequences) cannot be applied to an evicted or padded cache; "
+            "feed the images in the first turn, one prompt at a time."
+        )
+    if keeper is not None and not bool(call.custom[:, :, -1].all()):
+        raise UnsupportedModeError(
+            "a 4-D attention mask that hides keys from the last token cannot be combined with eviction; "
+            "pass the padding as a 2-D mask."
+        )
+    return call.custom.to(q.device)
+
+
+def _push_tail(tail: Any, q: Tensor, q_pos: Tensor | None, call: Call, width: int) -> tuple[Tensor, Tensor]:
+    """The last `width` real prompt queries [B, Hq, w, D] and their positions [B, w], across chunks."""
+    if q_pos is None and (tail is None or q.shape[2] >= width):
+        pos = torch.arange(call.after - min(width, q.shape[2]), call.after, device=q.device)
+        return q[:, :, -width:], pos.expand(q.shape[0], -1)
+    pos = q_pos if q_pos is not None else call.q_pos(q.shape[0], q.device)
+    if tail is not None:
+        q, pos = torch.cat([tail[0], q], dim=2), torch.cat([tail[1], pos], dim=1)
+    last = pos.argsort(dim=-1, stable=True)[:, -width:]  # padding (-1) first, so it falls off
+    return q.gather(2, last[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])), pos.gather(1, last)
+
+
+def _decide(
+    call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor, lse: Tensor | None, observers: Any, keeper: Any
+) -> None:
+    """Run the hooks and apply what they decide."""
+    kv.pos = layer.pos
+    ctx.lse = lse
+    ctx.q_pos = ctx.q_pos if ctx.q_pos is not None else call.q_pos(q.shape[0], q.device)
+    if call.event != "step":
+        ctx.prompt_len = call.prompt_len
+        ctx.bytes_per_token = float(
+            (kv.k.shape[1] * kv.k.shape[3] * kv.k.element_size() + kv.v.shape[1] * kv.v.shape[3] * kv.v.element_size())
+            * ctx.n_layers
+        )
+    if layer.tail is not None:
+        ctx.tail, ctx.tail_pos = layer.tail
+    for patch in observers:
+        patch.observe(q, kv, ctx)
+    if keeper is None:
+        return
+    decision = keeper.keep(q, kv, ctx)
+    if decision is not None:
+        layer.keep(decision, call.cache.turn)
+    if call.event == "prompt":
+        layer.tail = None

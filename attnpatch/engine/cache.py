@@ -1,0 +1,307 @@
+"""PatchCache and its layers: logical length, held positions, declared method state.
+
+A layer reports tokens *seen* as its length and `(held + q, seen - held)` as mask sizes, so positions, masks and
+later turns stay right after eviction. The attention function appends, because only it knows the padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from attnpatch.engine.call import KV
+from attnpatch.errors import InputError, PatchStateError, UnsupportedModeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnpatch.decisions import KeepSet
+    from attnpatch.engine.call import Plan
+
+
+class PatchLayer(DynamicLayer):
+    """A full-attention layer that may hold fewer tokens than it has seen.
+
+    keys, values: [B, Hkv, S, D]. Positions are implicit while nothing was dropped and nothing is padded.
+    """
+
+    is_croppable = False  # a dropped entry cannot come back
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0  # logical length, padding included
+        self._pos: Tensor | None = None  # int32 [B, 1|Hkv, S'] of the first S' slots; None = slot number
+        self._late = 0  # slots appended since, at positions next_pos, next_pos + 1 ...
+        self._next: Tensor | int = 0
+        self.holes = False  # some slot may be empty
+        self.complete = True  # nothing was evicted
+        self.compressed_turn = -1
+        self.tokens_since = 0  # tokens seen since the last eviction
+        self.state: dict[str, Tensor] = {}  # [B] follows rows, [B, H', S] follows rows and slots
+        self.plain: dict[str, Any] = {}
+        self.tail: tuple[Tensor, Tensor] | None = None
+        self._spare: tuple[Tensor, Tensor] | None = None  # one free slot after a drop: the next append is in place
+
+    # ---- transformers' contract ------------------------------------------------------------------------------
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand the new keys and values through; `append` stores them once the padding is known."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys = key_states[:, :, :0]
+            self.values = value_states[:, :, :0]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.held + query_length, self.seen - self.held
+
+    def reset(self) -> None:
+        super().reset()
+        self._clear()
+
+    def activate_past_recording(self) -> None:
+        raise UnsupportedModeError(
+            "assisted, prompt-lookup and multi-token decoding roll the cache back, which an evicting patch cannot do; "
+            "generate without assistant_model / prompt_lookup_num_tokens, or unpatch_model(model) first."
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens (a negative count), as far back as the last eviction."""
+        count = -tokens_to_remove
+        if count < 0:
+            raise InputError(f"crop({tokens_to_remove}) must be negative: the number of newest tokens to remove.")
+        if count == 0 or not self.is_initialized:
+            return
+        if count > (self.seen if self.complete else self.tokens_since):
+            raise UnsupportedModeError(
+                f"crop({tokens_to_remove}) reaches behind the last eviction ({self.tokens_since} tokens ago); "
+                "dropped entries are gone. Start a new PatchCache, or crop less."
+            )
+        pos = None if self._pos is None and not self.holes else self.pos[..., :-count]
+        self.keys, self.values = self.keys[:, :, :-count], self.values[:, :, :-count]
+        self._tokens(lambda t: t[:, :, :-count])
+        self._set_pos(pos)
+        self.seen -= count
+        self.tokens_since = max(0, self.tokens_since - count)
+        self._next = self._next - count if isinstance(self._next, int) else self.pos.amax(-1)[:, :1] + 1
+        self._spare = self.tail = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._rows(lambda t: t[indices])
+
+    def offload(self) -> None:
+        raise UnsupportedModeError("an offloaded cache is not supported under a patch yet; use the default cache.")
+
+    def _rows(self, pick: Any) -> None:
+        """Apply a row operation to everything that has rows."""
+        if not self.is_initialized:
+            return
+        self.keys, self.values = pick(self.keys), pick(self.values)
+        self._pos = None if self._pos is None else pick(self._pos)
+        self._next = self._next if isinstance(self._next, int) else pick(self._next)
+        self.state = {n: pick(t) for n, t in self.state.items()}
+        self.tail = None if self.tail is None else (pick(self.tail[0]), pick(self.tail[1]))
+        self._spare = None
+
+    # ---- what the engine does with it ------------------------------------------------------------------------
+    @property
+    def held(self) -> int:
+        """Slots held."""
+        return self.keys.shape[2] if self.is_initialized else 0
+
+    @property
+    def pos(self) -> Tensor:
+        """int32 [B, 1|Hkv, S] true positions of the slots, -1 = empty."""
+        device, batch = self.keys.device, self.keys.shape[0]
+        if self._pos is None:
+            return torch.arange(self.held, device=device, dtype=torch.int32).expand(batch, 1, -1)
+        if self._late:
+            late = torch.arange(self._late, device=device, dtype=torch.int32) + self._next - self._late  # [L] | [B, L]
+            late = late.expand(batch, -1)[:, None].expand(-1, self._pos.shape[1], -1)
+            self._pos, self._late = torch.cat([self._pos, late.to(torch.int32)], dim=-1), 0
+        return self._pos
+
+    def _set_pos(self, pos: Tensor | None) -> None:
+        self._pos, self._late = pos, 0
+
+    def append(self, k: Tensor, v: Tensor, q_pos: Tensor | None) -> KV:
+        """Store k, v [B, Hkv, T, D]; q_pos [B, T] only when padded (-1 = padding). Returns the view to attend."""
+        new, first = k.shape[2], self.held == 0
+        padded = q_pos is not None
+        if padded:
+            q_pos = q_pos.to(k.device)
+            heads = self._pos.shape[1] if self._pos is not None else 1
+            late = q_pos[:, None].expand(-1, heads, -1).to(torch.int32)
+            pad = (q_pos < 0)[:, None, :, None]
+            k, v = k.masked_fill(pad, 0), v.masked_fill(pad, 0)  # empty slots hold zeros: nothing leaks from them
+            self._set_pos(late if first else torch.cat([self.pos, late], dim=-1))
+            self._next = q_pos.amax(-1, keepdim=True).clamp(min=-1) + 1 if first else None
+            if self._next is None:
+                self._next = self._pos.amax(-1)[:, :1] + 1
+        self._store(k, v)
+        self.seen += new
+        self.tokens_since += new
+        if not padded:
+            self._late += new if self._pos is not None else 0
+            self._next = self._next + new
+        # the pads of a first chunk lie behind causality: plain causal is right for it
+        holes = self.holes or (padded and not first)
+        view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.plain, clean=True)  # type: ignore[arg-type]
+        self.holes |= padded
+        return view
+
+    def _store(self, k: Tensor, v: Tensor) -> None:
+        held, new = self.held, k.shape[2]
+        if self._spare is not None and new == 1:
+            buffer_k, buffer_v = self._spare  # [B, Hkv, held + 1, D]
+            buffer_k[:, :, held:] = k
+            buffer_v[:, :, held:] = v
+            self.keys, self.values = buffer_k, buffer_v
+        elif held == 0:
+            self.keys, self.values = k, v
+        else:
+            self.keys, self.values = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
+        self._spare = None
+        if self.state:
+            self._tokens(lambda t: torch.nn.functional.pad(t, (0, new)))
+
+    def _tokens(self, change: Any) -> None:
+        """Apply a slot operation to the token-axis state."""
+        self.state = {n: change(t) if t.ndim == 3 else t for n, t in self.state.items()}
+
+    def keep(self, keep: KeepSet, turn: int) -> None:
+        """Apply a decision at once: gather what stays, or overwrite what goes."""
+        heads = self.keys.shape[1]
+        if keep.drop is not None:
+            self._overwrite(keep.drop)
+        else:
+            index = keep.index.expand(-1, heads, -1)  # [B, Hkv, M]
+            pos = self.pos.expand(-1, heads, -1).gather(-1, index)
+            if keep.count is not None:
+                meant = torch.arange(index.shape[-1], device=index.device) < keep.count[..., None]
+                pos = torch.where(meant, pos, -1)
+            self.keys, self.values = _gather(self.keys, index), _gather(self.values, index)
+            self._tokens(lambda t: t.gather(-1, index[:, : t.shape[1]]))
+            self._set_pos(pos)
+            self.holes, self._spare = keep.count is not None, None
+        self.complete, self.compressed_turn, self.tokens_since = False, turn, 0
+
+    def _overwrite(self, drop: Tensor) -> None:
+        """The newest m entries move into the dropped slots, O(m); the freed slots serve the next append."""
+        heads, m = self.keys.shape[1], drop.shape[-1]
+        drop = drop.expand(-1, heads, -1)  # [B, Hkv, m]
+        left = self.held - m
+        pos = self.pos.expand(-1, heads, -1).contiguous()
+        pos = pos.scatter(-1, drop, pos[..., left:])[..., :left]
+        # a dropped slot among the newest m is overwritten by itself or cut off: callers drop one slot a step
+        wide = drop[..., None].expand(-1, -1, -1, self.keys.shape[-1])
+        keys, values = self.keys, self.values
+        keys.scatter_(2, wide, keys[:, :, left:].clone())
+        values.scatter_(2, drop[..., None].expand(-1, -1, -1, values.shape[-1]), values[:, :, left:].clone())
+        self._tokens(lambda t: t.scatter(-1, drop[:, : t.shape[1]], t[..., left:])[..., :left])
+        self._spare = (keys, values) if m == 1 else None
+        self.keys, self.values = keys[:, :, :left], values[:, :, :left]
+        self._set_pos(pos)
+
+    def bytes_held(self) -> int:
+        """Bytes allocated for K and V, spare slots included."""
+        if not self.is_initialized:
+            return 0
+        pair = self._spare or (self.keys, self.values)
+        return sum(t.numel() * t.element_size() for t in pair)
+
+
+@dataclass
+class LayerSummary:
+    """What a cache layer holds: tokens, bytes, and true positions int32 [B, Hkv, S] (None for stock layers)."""
+
+    seen: int = 0
+    held: int = 0
+    bytes_held: int = 0
+    bytes_dense: int = 0
+    positions: Tensor | None = None
+
+
+def summarise(layer: Any) -> LayerSummary:
+    """Figures of one layer, without its keys and values, so that the cache itself can be freed."""
+    if not getattr(layer, "is_initialized", False):
+        return LayerSummary()
+    keys, values, seen = layer.keys, layer.values, layer.get_seq_length()
+    slot = keys.shape[3] * keys.element_size() + values.shape[3] * values.element_size()
+    slot *= keys.shape[0] * keys.shape[1]
+    if not isinstance(layer, PatchLayer):
+        return LayerSummary(seen, keys.shape[2], keys.shape[2] * slot, keys.shape[2] * slot)
+    positions = layer.pos.expand(-1, keys.shape[1], -1)
+    return LayerSummary(seen, layer.held, layer.bytes_held(), seen * slot, positions)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, H, S, D] at index [B, H, M] -> [B, H, M, D]."""
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+class PatchCache(DynamicCache):
+    """The cache of a patched model. `PatchCache(model)` for users who keep one over several turns.
+
+    prompt_length: total tokens of the coming prompt when it is fed in several forwards by hand (generate sets it).
+    """
+
+    def __init__(self, model: Any, *, prompt_length: int | None = None) -> None:
+        from attnpatch.engine.call import Plan
+
+        self.plan: Plan = model if isinstance(model, Plan) else _plan_of(model)
+        super().__init__(config=self.plan.config)
+        patchable = {f.index for f in self.plan.facts if not f.reason}
+        self.layers = [PatchLayer() if i in patchable else layer for i, layer in enumerate(self.layers)]
+        self.turn = 0
+        self.prompt_end = prompt_length or 0
+        self.batch = 1
+
+    def expect(self, prompt_length: int) -> None:
+        """Declare where the coming prompt ends, counted in all tokens seen: eviction waits for its last chunk."""
+        self.prompt_end = prompt_length
+
+    def begin(self, length: int, before: int) -> str:
+        """The event of a forward of `length` tokens: "chunk", "prompt" or "step"."""
+        after = before + length
+        prompt = before < self.prompt_end or length > 1 or before == 0
+        if not prompt:
+            return "step"
+        if not getattr(self, "_in_prompt", False):
+            self.turn += 1
+            for layer in self.layers:
+                if isinstance(layer, PatchLayer):
+                    layer.tail = None
+        self._in_prompt = after < self.prompt_end
+        return "chunk" if self._in_prompt else "prompt"
+
+    def reset(self) -> None:
+        super().reset()
+        self.turn, self.prompt_end, self._in_prompt = 0, 0, False
+
+    def activate_past_recording(self) -> None:
+        PatchLayer.activate_past_recording(self.layers[0])  # type: ignore[arg-type]
+
+
+def _plan_of(model: Any) -> Plan:
+    from attnpatch.engine.families import unwrap
+
+    handle = getattr(unwrap(model), "_attnpatch", None)
+    if handle is None:
+        raise PatchStateError("PatchCache(model) needs a patched model; call patch_model(model, ...) first.")
+    return handle.plan

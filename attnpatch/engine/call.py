@@ -1,0 +1,204 @@
+"""What one forward call knows, and what a hook sees: `Plan`, `Call`, `KV`, `Ctx`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnpatch.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnpatch.budget import Budget
+    from attnpatch.engine.cache import PatchCache
+    from attnpatch.engine.families import LayerFact
+    from attnpatch.patch import Patch
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The composed methods of one patched model; shared by its caches, never copied."""
+
+    patches: tuple[Patch, ...]
+    facts: tuple[LayerFact, ...]
+    covered: tuple[int, ...]  # layer indices the methods act on, ascending
+    config: Any  # the decoder's config
+
+    def __deepcopy__(self, memo: dict) -> Plan:
+        return self  # a copied cache still belongs to the same patched model
+
+    @cached_property
+    def keeper(self) -> Patch | None:
+        """The one method that decides what the cache keeps."""
+        return next((p for p in self.patches if "keep" in p.hooks()), None)
+
+    @cached_property
+    def observers(self) -> tuple[Patch, ...]:
+        return tuple(p for p in self.patches if "observe" in p.hooks())
+
+    @cached_property
+    def needs_lse(self) -> bool:
+        return any(p.needs_lse for p in self.observers)
+
+    @cached_property
+    def query_tail(self) -> int:
+        return self.keeper.query_tail if self.keeper else 0
+
+    @cached_property
+    def ordinal(self) -> dict[int, int]:
+        """Layer index -> its place among the covered layers."""
+        return {index: i for i, index in enumerate(self.covered)}
+
+
+@dataclass
+class KV:
+    """What a layer holds. k, v: [B, Hkv, S, D]; pos: int32 [B, 1|Hkv, S] true positions, -1 = empty slot."""
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    holes: bool = False
+    complete: bool = True
+    state: dict[str, Tensor] = field(default_factory=dict)  # [B] rows, or [B, H', S] tokens: follows every change
+    plain: dict[str, Any] = field(default_factory=dict)  # host values, cleared by reset
+    clean: bool = False  # empty slots hold no NaN
+    ordered: bool = False  # slots ascend without gaps, so a window is a range of slots
+
+    @property
+    def S(self) -> int:
+        """Slots held."""
+        return self.k.shape[2]
+
+
+@dataclass
+class Ctx:
+    """What a hook knows besides q and kv. Positions count a row's real tokens from 0."""
+
+    layer: int  # among the covered layers
+    n_layers: int
+    phase: str  # "prefill" | "decode"
+    event: str  # "chunk" | "prompt" | "step"
+    q_pos: Tensor  # [B, T], -1 = padding
+    prompt_len: tuple[int, ...]  # real prompt tokens of each row (whole prompt, also before its last chunk)
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+    mask: Tensor | None = None
+    tail: Tensor | None = None  # [B, Hq, w, D] last prompt queries
+    tail_pos: Tensor | None = None  # [B, w], -1 = absent
+    lse: Tensor | None = None  # [B, Hq, T]
+    bytes_per_token: float | None = None
+
+    @property
+    def last_layer(self) -> bool:
+        return self.layer == self.n_layers - 1
+
+    def capacity(self, budget: Budget) -> tuple[int, ...]:
+        """Entries each row may keep under `budget`."""
+        return tuple(budget.tokens(n, self.bytes_per_token) for n in self.prompt_len)
+
+    def noise(self, pos: Tensor, seed: int) -> Tensor:
+        """Uniform fp32 in [0, 1) of pos's shape, a function of seed, layer, head (dim 1) and position only.
+
+        Equal in any batch, padding or chunking: a counter-based hash (splitmix64's finaliser on 63 bits).
+        """
+        head = torch.arange(pos.shape[1], device=pos.device)[None, :, None]
+        x = pos.long() + head * 1_000_003 + self.layer * 8_191_000_017 + seed * 1_000_000_000_039
+        for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
+            x = (x ^ ((x >> shift) & 0x3FFFFFFFF)) * factor
+        return ((x >> 20) & 0xFFFFFF).float() / float(1 << 24)
+
+
+class Call:
+    """One forward pass: built by the decoder's pre-hook, handed to every layer's attention as a keyword.
+
+    A call belongs to one thread and one cache, so threads stay independent.
+    """
+
+    def __init__(self, plan: Plan, cache: PatchCache | None, length: int) -> None:
+        self.plan, self.cache, self.length = plan, cache, length
+        self.before = cache.get_seq_length() if cache is not None else 0
+        self.after = self.before + length
+        self.padding: Tensor | None = None  # bool [B, after]
+        self.custom: Tensor | None = None  # bool [B, 1, T, S]
+        self._read = False
+        self._order: Tensor | None = None
+        self._masks: dict[Any, Tensor] = {}
+        self.event = cache.begin(length, self.before) if cache is not None else "prompt"
+
+    @property
+    def phase(self) -> str:
+        return "decode" if self.event == "step" else "prefill"
+
+    def read_mask(self, mask: Tensor | None) -> None:
+        """Take the padding (2-D) or a ready 4-D mask from the mask function; the first layer's does for all."""
+        if self._read:
+            return
+        self._read = True
+        if mask is None:
+            return
+        if mask.ndim == 4:
+            self.custom = mask if mask.dtype == torch.bool else mask >= 0
+            return
+        if mask.shape[1] < self.after:
+            raise InputError(
+                f"attention_mask covers {mask.shape[1]} tokens, but {self.after} have been seen; "
+                "pass the mask of all tokens, earlier turns included."
+            )
+        mask = mask[:, : self.after].bool()
+        # one wait per prompt chunk, none per decode step or under compile
+        if self.length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
+            return
+        self.padding = mask
+
+    def q_pos(self, batch: int, device: torch.device) -> Tensor:
+        """True positions [B, T] in the fed order, -1 for padding."""
+        if self.padding is None:
+            return torch.arange(self.before, self.after, device=device).expand(batch, -1)
+        real = self.padding.to(device)
+        return torch.where(real, real.long().cumsum(-1) - 1, -1)[:, self.before :]
+
+    def order(self, device: torch.device) -> Tensor | None:
+        """[B, T] permutation that brings each row's real tokens to the front; None when nothing moves."""
+        if self.padding is None or self.length == 1:
+            return None
+        if self._order is None:
+            new = self.padding[:, self.before :]
+            self._order = (~new).to(torch.uint8).argsort(dim=-1, stable=True)
+        return self._order.to(device)
+
+    @cached_property
+    def prompt_len(self) -> tuple[int, ...]:
+        """Real tokens of each row's whole prompt. Waits for the device, at a prompt only and only when padded."""
+        batch = self.cache.batch if self.cache is not None else 1
+        end = max(self.after, self.cache.prompt_end if self.cache is not None else 0)
+        if self.padding is None:
+            return (end,) * batch
+        missing = end - self.after
+        return tuple(n + missing for n in self.padding.sum(-1).tolist())
+
+    def shared_mask(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """A mask that layers of one kind share within this forward."""
+        if key not in self._masks:
+            self._masks[key] = make()
+        return self._masks[key]
+
+
+def resolve_layers(layers: Sequence[int] | None, facts: Sequence[LayerFact]) -> tuple[int, ...]:
+    """The user's layer list (negative counts from the end) -> indices that can be patched. Raises ConfigError."""
+    n = len(facts)
+    if layers is None:
+        return tuple(f.index for f in facts if not f.reason)
+    chosen = []
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, int) or not -n <= index < n:
+            raise ConfigError(f"layers={list(layers)!r}: {index!r} is not a layer; the model has layers 0..{n - 1}.")
+        chosen.append(index % n)
+    if unfit := [i for i in chosen if facts[i].reason]:
+        raise ConfigError(f"layer {unfit[0]} cannot be patched ({facts[unfit[0]].reason}); leave it out of layers.")
+    return tuple(sorted(set(chosen)))

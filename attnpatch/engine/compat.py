@@ -1,0 +1,47 @@
+"""Version gate, and the one place that registers with transformers."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+from attnpatch.errors import VersionError
+
+NAME = "attnpatch"  # must contain neither "flash", "sdpa", "paged" nor a slash: transformers matches substrings
+OLDEST, BELOW = (5, 14), (6, 0)
+_users = 0
+
+
+def check_versions() -> None:
+    """Raise VersionError unless transformers is inside the tested range."""
+    text = metadata.version("transformers")
+    found = tuple(int(n) for n in re.findall(r"\d+", text)[:2])
+    if not OLDEST <= found < BELOW:
+        raise VersionError(
+            f"transformers {text} is outside the tested range >=5.14,<6; "
+            "run: python -m pip install 'transformers>=5.14,<6'."
+        )
+
+
+def acquire() -> None:
+    """Register the attention and mask functions when the first model is patched."""
+    global _users
+    if _users == 0:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        from attnpatch.engine.attention import attention, mask
+
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, mask)
+    _users += 1
+
+
+def release() -> None:
+    """Remove both registrations when the last model is un-patched, so that nothing is left behind."""
+    global _users
+    _users -= 1
+    if _users == 0:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface._global_mapping.pop(NAME, None)
+        AttentionMaskInterface._global_mapping.pop(NAME, None)

@@ -1,0 +1,75 @@
+"""Recognising models by structure, never by hub name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from attnpatch.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class LayerFact:
+    """One decoder layer: its index, what its cache layer is, and why it cannot be patched ("" = it can)."""
+
+    index: int
+    kind: str
+    reason: str = ""
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a torch.compile or PEFT wrapper."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def inspect_model(model: Any) -> tuple[nn.Module, tuple[LayerFact, ...]]:
+    """(decoder, facts of each layer). Raises UnsupportedModelError naming what is missing."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model; load one with AutoModelForCausalLM.from_pretrained."
+        )
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; attnpatch patches decoder-only language models.")
+    if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise UnsupportedModelError(f"{name} is on the meta device and has no weights; load the weights first.")
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    missing = [] if layers is not None and len(layers) else ["a decoder with `.layers`"]
+    for layer in layers or ():
+        attention = getattr(layer, "self_attn", None)
+        for attr in ("layer_idx", "config", "num_key_value_groups"):
+            if attention is not None and not hasattr(attention, attr):
+                missing.append(f"`self_attn.{attr}`")
+        if attention is not None and getattr(attention, "is_causal", True) is False:
+            missing.append("causal attention")
+        if attention is not None and getattr(attention, "sinks", None) is not None:
+            missing.append("attention without learned sinks")
+    if not model._can_set_attn_implementation():
+        missing.append("transformers' attention interface (set_attn_implementation)")
+    if missing:
+        raise UnsupportedModelError(f"{name} does not fit: it lacks {', '.join(dict.fromkeys(missing))}.")
+    return decoder, _layer_facts(decoder)
+
+
+def _layer_facts(decoder: Any) -> tuple[LayerFact, ...]:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    stock = DynamicCache(config=decoder.config).layers
+    stock = stock or [DynamicLayer() for _ in decoder.layers]
+    facts = []
+    for index, layer in enumerate(stock):
+        if type(layer) is DynamicLayer:
+            facts.append(LayerFact(index, "full"))
+        elif getattr(layer, "is_sliding", False):
+            facts.append(LayerFact(index, "sliding", "sliding window: it is bounded already and left alone"))
+        else:
+            facts.append(LayerFact(index, type(layer).__name__, "no full attention cache: left alone"))
+    return tuple(facts)

@@ -1,0 +1,180 @@
+"""One handle per patched model: install, undo, refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import ref
+
+import torch
+
+from attnpatch.engine import compat
+from attnpatch.engine.cache import LayerSummary, PatchCache, summarise
+from attnpatch.engine.call import Call, Plan
+from attnpatch.errors import InputError, PatchStateError, UnsupportedModeError
+
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+_COPY = "a patched model cannot be copied or pickled; call unpatch_model(model), copy it, then patch both."
+
+
+class _Wrapped:
+    """An instance-level replacement of a model method; knows how to refuse copying."""
+
+    def __init__(self, handle: Handle, name: str) -> None:
+        self.handle, self.name, self.original = handle, name, getattr(handle.model, name)
+        self.__wrapped__ = self.original  # inspect.signature shows the original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.name != "generate":
+            raise UnsupportedModeError(
+                f"{self.name} (continuous batching, paged attention) replaces the attention and would drop the patch; "
+                "use model.generate, or unpatch_model(model) first."
+            )
+        kwargs = self.handle.prepare_generate(args, kwargs)
+        result = self.original(*args, **kwargs)
+        self.handle.summary = [summarise(layer) for layer in kwargs["past_key_values"].layers]
+        return result
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise PatchStateError(_COPY)
+
+    def __reduce__(self) -> Any:
+        raise PatchStateError(_COPY)
+
+
+class Handle:
+    """What patch_model installed on one model, and how to take it away again."""
+
+    def __init__(self, model: Any, decoder: Any, plan: Plan) -> None:
+        self.model, self.decoder, self.plan = model, decoder, plan
+        self.last_cache: Any = lambda: None  # weak reference to the newest cache, for status
+        self.summary: list[LayerSummary] | None = None  # its figures after generate, when the cache is gone
+        self.previous = decoder.config._attn_implementation
+        self._installed: list[str] = []
+
+    def install(self) -> None:
+        """Put everything in place, or nothing at all."""
+        compat.acquire()
+        try:
+            self.decoder.set_attn_implementation(compat.NAME)
+            self._hook = self.decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+            for name in ("generate", "generate_batch", "init_continuous_batching"):
+                if hasattr(self.model, name):
+                    self._had = {**getattr(self, "_had", {}), name: self.model.__dict__.get(name)}
+                    setattr(self.model, name, _Wrapped(self, name))
+                    self._installed.append(name)
+            self.model._attnpatch = self
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Leave no hook, attribute or registration behind."""
+        if hasattr(self, "_hook"):
+            self._hook.remove()
+        if self.decoder.config._attn_implementation == compat.NAME:
+            self.decoder.config._attn_implementation_internal = self.previous
+        for name in self._installed:
+            del self.model.__dict__[name]
+            if self._had[name] is not None:
+                setattr(self.model, name, self._had[name])
+        self._installed.clear()
+        self.model.__dict__.pop("_attnpatch", None)
+        compat.release()
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise PatchStateError(_COPY)
+
+    def __reduce__(self) -> Any:
+        raise PatchStateError(_COPY)
+
+    def layer_summaries(self) -> list[LayerSummary] | None:
+        """Figures of the newest cache, or None before the first forward (or once a bare forward's cache is gone)."""
+        cache = self.last_cache()
+        return [summarise(layer) for layer in cache.layers] if cache is not None else self.summary
+
+    # ---- the decoder's pre-hook ------------------------------------------------------------------------------
+    def before_forward(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Check the inputs, find or make the cache, and add the per-call context."""
+        if module.config._attn_implementation != compat.NAME:
+            raise PatchStateError(
+                f"the attention implementation was set to {module.config._attn_implementation!r} behind the patch; "
+                "call unpatch_model(model) first, then set_attn_implementation, then patch_model again."
+            )
+        kwargs = {**dict(zip_POSITIONAL, args, strict=False)), **kwargs}
+        if module.training and torch.is_grad_enabled():
+            raise UnsupportedModeError(
+                "a patched model is for inference: call model.eval(), or train un-patched (unpatch_model(model))."
+            )
+        embeds = kwargs.get("inputs_embeds")
+        inputs = embeds if embeds is not None else kwargs.get("input_ids")
+        if inputs is None or inputs.shape[1] == 0:
+            raise InputError("the prompt is empty; pass at least one token.")
+        check_mask(kwargs.get("attention_mask"))
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        if cache is None and (use_cache if use_cache is not None else getattr(module.config, "use_cache", True)):
+            cache = kwargs["past_key_values"] = PatchCache(self.plan)
+        self.check_cache(cache)
+        if cache is None and self.plan.keeper is not None and use_cache is None:
+            raise UnsupportedModeError(f"{self.plan.keeper.name} needs the KV cache; call with use_cache=True.")
+        if cache is not None:
+            self.last_cache = ref(cache)
+        kwargs["attnpatch"] = Call(self.plan, cache, inputs.shape[1])
+        return (), kwargs
+
+    def check_cache(self, cache: Any) -> None:
+        """Only this patched model's own caches can be right."""
+        if cache is None:
+            return
+        if not isinstance(cache, PatchCache):
+            raise UnsupportedModeError(
+                f"a {type(cache).__name__} cannot be used with a patched model (nothing would be evicted); "
+                "pass attnpatch.PatchCache(model), or no cache."
+            )
+        if cache.plan is not self.plan:
+            raise PatchStateError("this PatchCache belongs to another patch or model; make one with PatchCache(model).")
+
+    # ---- generate --------------------------------------------------------------------------------------------
+    def prepare_generate(self, args: tuple, kwargs: dict) -> dict:
+        """Refuse modes that cannot be right, hand generate a PatchCache, and note where the prompt ends."""
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.model.generation_config
+        for name in _ASSISTED:
+            if kwargs.get(name) or getattr(config, name, None):
+                raise UnsupportedModeError(
+                    f"{name}: assisted decoding rolls the cache back, which an evicting patch cannot do; "
+                    "generate without it, or unpatch_model(model) first."
+                )
+        implementation = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
+        if implementation not in (None, "dynamic", "hybrid"):
+            raise UnsupportedModeError(
+                f"cache_implementation={implementation!r} is not supported under a patch yet; leave it out "
+                "(the patch's own cache is used), or unpatch_model(model) first."
+            )
+        if kwargs.get("use_cache") is False or (kwargs.get("use_cache") is None and config.use_cache is False):
+            raise UnsupportedModeError("use_cache=False keeps no KV, so there is nothing to patch; leave it out.")
+        check_mask(kwargs.get("attention_mask"))
+        cache = kwargs.get("past_key_values")
+        self.check_cache(cache)
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        length = max(x.shape[1] if x is not None else 0 for x in (ids, kwargs.get("inputs_embeds"),
+                     _two_dim(kwargs.get("attention_mask"))))  # fmt: skip
+        if ids is None and kwargs.get("inputs_embeds") is None:
+            length = 1  # generate starts from the BOS token
+        elif length == 0:
+            raise InputError("the prompt is empty; pass at least one token.")
+        if cache is None:
+            cache = PatchCache(self.plan)
+        cache.expect(length)
+        # the cache goes in as an argument: generate would build its own otherwise
+        return {**kwargs, "past_key_values": cache, "cache_implementation": None}
+
+
+def _two_dim(mask: Any) -> Any:
+    return mask if mask is not None and mask.ndim == 2 else None
+
+
+def check_mask(mask: Any) -> None:
+    """Raise InputError for a floating mask that holds NaN. Integer and bool masks cost nothing."""
+    if isinstance(mask, torch.Tensor) and mask.is_floating_point() and bool(torch.isnan(mask).any()):
+        raise InputError("attention_mask holds NaN; pass 0 / 1 (or booleans): 1 for real tokens, 0 for padding.")

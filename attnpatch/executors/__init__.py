@@ -1,0 +1,16 @@
+"""Executors: how a selection of (query, key) pairs becomes attention output.
+
+Every executor is a module with `run(q, kv, selection, ctx, want_lse=False) -> (out, lse)`:
+
+q:    [B, Hq, T, D], model dtype.
+kv:   `k`, `v` [B, Hkv, S, D]; `pos` int32 [B, 1|Hkv, S] (-1 = empty slot); `holes`. Without holes every slot is
+      visible except for causality, and the last T slots are the T queries in order. Optional promises:
+      `ordered` (positions ascend over the slots; default: only if S == T) lets a window slice the keys,
+      `clean` (empty slots hold zeros, not garbage; default False) saves zeroing them.
+ctx:  `scaling`, `softcap`, `window`, `q_pos` int [B, T] (-1 = padding query), `mask` (None or bool [B, 1, T, S], which
+      replaces causality).
+out:  [B, T, Hq, D] in q's dtype; lse: [B, Hq, T] fp32 (fp64 for fp64 inputs), natural, over scaled soft-capped logits;
+      -inf (and a zero output) for a row without visible keys.
+
+This package imports neither flash_attn nor triton at import time.
+"""

@@ -1,0 +1,362 @@
+"""Dense causal attention by the fastest backend that is right for the call. `choose` says which one, and why.
+
+Set ATTNPATCH_BACKEND to one of fa4, cudnn, flash, sdpa, torch to force a backend; a call it cannot do is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from attnpatch.errors import ConfigError, VersionError
+from attnpatch.executors.column_sums import matmul, operand, rows_per_block
+
+HALF = (torch.float16, torch.bfloat16)
+SDPA_ROWS = 1024
+"""Query rows (times heads per kv head) of one masked SDPA block."""
+TORCH_ROWS = 512
+"""Most query rows of one eager block."""
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class _Call(NamedTuple):
+    """All that the choice depends on: plain values, so that it is made once per kind of call."""
+
+    device: str
+    capability: int  # CUDA major version; 0 elsewhere
+    dtype: torch.dtype
+    dim: int
+    single: bool  # T == 1
+    square: bool  # T == S
+    holes: bool
+    softcap: bool
+    window: bool
+    mask: bool
+    want_lse: bool
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+@lru_cache(maxsize=1)
+def _fa4() -> Callable[..., Any] | None:
+    """flash_attn.cute.flash_attn_func where FlashAttention 4 is installed."""
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError:
+        return None
+    return flash_attn_func
+
+
+def _call(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> _Call:
+    rows = q.shape[2]
+    return _Call(
+        device=q.device.type,
+        capability=_capability(q.device),
+        dtype=q.dtype,
+        dim=q.shape[3],
+        single=rows == 1,
+        square=rows == kv.k.shape[2],
+        holes=bool(kv.holes),
+        softcap=ctx.softcap is not None,
+        window=ctx.window is not None,
+        mask=ctx.mask is not None,
+        want_lse=want_lse,
+    )
+
+
+# ---- what stands in the way of a backend, or None ----
+
+
+def _no_cuda_half(c: _Call, capability: int, dim: int) -> str | None:
+    """What the CUDA half-precision kernels share."""
+    if c.device != "cuda" or c.capability < capability:
+        here = f"capability {c.capability}" if c.device == "cuda" else c.device
+        return f"needs CUDA capability >= {capability}, this is {here}"
+    if c.dtype not in HALF:
+        return f"needs float16 or bfloat16, this is {str(c.dtype).removeprefix('torch.')}"
+    if c.dim > dim or c.dim % 8:
+        return f"needs a head dimension that is a multiple of 8 up to {dim}, this is {c.dim}"
+    if c.holes:
+        return "cannot skip empty slots (padding or a ragged cache)"
+    return "takes no 4-D mask" if c.mask else None
+
+
+def _not_fa4(c: _Call) -> str | None:
+    if why := _no_cuda_half(c, capability=9, dim=128):
+        return why
+    if c.single:
+        return "slower than flash for a single query"
+    if c.window and not c.square:  # its window counts slots, and after an eviction slots are not positions
+        return "its window counts slots, ours positions; the same only for a whole prompt"
+    return None if _fa4() else "flash_attn.cute is not installed (pip install 'attnpatch[flash]')"
+
+
+def _not_cudnn(c: _Call) -> str | None:
+    if why := _no_cuda_half(c, capability=9, dim=128):
+        return why
+    if c.single or not c.square:
+        return "only for a whole prompt (T == S > 1)"
+    if c.softcap or c.window or c.want_lse:
+        return "no soft-capping, window or log-sum-exp"
+    return None if torch.backends.cudnn.is_available() else "cuDNN is not available in this torch build"
+
+
+def _not_flash(c: _Call) -> str | None:
+    if why := _no_cuda_half(c, capability=8, dim=256):
+        return why
+    return "no soft-capping or window" if c.softcap or c.window else None
+
+
+def _not_sdpa(c: _Call) -> str | None:
+    return "no soft-capping or log-sum-exp" if c.softcap or c.want_lse else None
+
+
+def _not_torch(c: _Call) -> str | None:
+    return None
+
+
+# ---- shared pieces ----
+
+
+def _pack(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[B, Hq, r, D] -> [B, Hkv, G*r, D]: query heads of a kv head become rows, so keys are never repeated."""
+    return q.reshape(q.shape[0], kv_heads, -1, q.shape[-1])
+
+
+def _blocks(q: torch.Tensor, kv: Any, ctx: Any, step: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first row, end row, first key, end key) of query blocks; the key range holds all that the rows can see."""
+    rows, slots = q.shape[2], kv.k.shape[2]
+    causal = not kv.holes and ctx.mask is None
+    sliced = ctx.window is not None and not kv.holes and getattr(kv, "ordered", rows == slots)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        # positions ascend at least as fast as slots: what is in the window is within as many slots
+        first = max(0, slots - rows + start - ctx.window + 1) if sliced else 0
+        yield start, stop, first, slots - rows + stop if causal else slots
+
+
+def _seen(kv: Any, ctx: Any, span: tuple[int, int, int, int], offset: int) -> torch.Tensor | None:
+    """bool [B|1, 1|Hkv, rows, keys] of a block, None where all is visible. offset = S - T."""
+    start, stop, first, end = span
+    pos: Any = None
+    row: Any = None
+    seen: torch.Tensor | None = None
+    if kv.holes or ctx.window is not None:  # elsewhere slots say it all, and positions need not exist
+        pos, row = kv.pos[:, :, None, first:end], ctx.q_pos[:, None, start:stop, None]
+    if ctx.mask is not None:
+        seen = ctx.mask[:, :, start:stop, first:end]
+        seen = seen & (pos >= 0) if kv.holes else seen
+    elif kv.holes:
+        seen = (pos >= 0) & (pos <= row)
+    elif stop - start > 1:  # a single row ends its own key range
+        slot = torch.arange(first, end, device=kv.k.device)
+        seen = (slot <= torch.arange(start, stop, device=slot.device)[:, None] + offset)[None, None]
+    if ctx.window is not None:
+        near = row - pos < ctx.window
+        seen = near if seen is None else seen & near
+    return seen
+
+
+def _without_garbage(x: torch.Tensor, kv: Any) -> torch.Tensor:
+    """x [B, Hkv, S, D] with zeros in empty slots: a zero weight times NaN would still be NaN."""
+    if not kv.holes or getattr(kv, "clean", False):
+        return x
+    return x.masked_fill((kv.pos < 0)[..., None], 0.0)
+
+
+def _place(out: torch.Tensor | None, part: torch.Tensor, q: torch.Tensor, start: int) -> torch.Tensor:
+    """Put a block [B, Hkv, G*r, D] into out [B, T, Hq, D] (made when None); a block of all rows is only viewed."""
+    part = part.reshape(q.shape[0], q.shape[1], -1, q.shape[3]).transpose(1, 2)  # [B, r, Hq, D]
+    if part.shape[1] == q.shape[2]:
+        return part.to(q.dtype)
+    if out is None:
+        out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]))
+    out[:, start : start + part.shape[1]] = part
+    return out
+
+
+# ---- the backends: (q, kv, ctx, want_lse) -> (out [B, T, Hq, D], lse [B, Hq, T] or None) ----
+
+
+def _run_fa4(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
+    func = _fa4()
+    if func is None:
+        raise VersionError("flash_attn.cute is not installed; pip install 'attnpatch[flash]'.")
+    result = func(
+        q.transpose(1, 2),
+        kv.k.transpose(1, 2),
+        kv.v.transpose(1, 2),
+        softmax_scale=ctx.scaling,
+        causal=True,
+        window_size=(None, None) if ctx.window is None else (ctx.window - 1, 0),
+        softcap=0.0 if ctx.softcap is None else ctx.softcap,
+        **({"return_lse": True} if want_lse else {}),
+    )
+    out, lse = result[:2] if isinstance(result, tuple) else (result, None)
+    return out, lse if want_lse else None
+
+
+def _run_cudnn(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = F.scaled_dot_product_attention(q, kv.k, kv.v, is_causal=True, scale=ctx.scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+def _run_flash(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
+    rows, slots = q.shape[2], kv.k.shape[2]
+    single = rows == 1  # then all keys are visible and the heads can be packed as rows
+    query = _pack(q, kv.k.shape[1]) if single else q
+    if want_lse:  # this op's causality is bottom-right aligned, and it takes fewer kv heads
+        op = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse, *_ = op(query, kv.k, kv.v, 0.0, not single, scale=ctx.scaling)
+        return _place(None, out, q, 0), lse.reshape(q.shape[:3])
+    if single:
+        out = F.scaled_dot_product_attention(query, kv.k, kv.v, scale=ctx.scaling)
+    elif rows == slots:
+        out = F.scaled_dot_product_attention(query, kv.k, kv.v, is_causal=True, scale=ctx.scaling, enable_gqa=True)
+    else:
+        from torch.nn.attention.bias import causal_lower_right
+
+        bias = causal_lower_right(rows, slots)
+        out = F.scaled_dot_product_attention(query, kv.k, kv.v, attn_mask=bias, scale=ctx.scaling, enable_gqa=True)
+    return _place(None, out, q, 0), None
+
+
+def _run_sdpa(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
+    (heads, rows), (kv_heads, slots) = q.shape[1:3], kv.k.shape[1:3]
+    group, plain = heads // kv_heads, not kv.holes and ctx.mask is None and ctx.window is None
+    # elsewhere than on a CPU, is_causal may end in the math kernel, which builds T x S
+    if plain and rows == slots and rows > 1 and q.device.type == "cpu":
+        full = F.scaled_dot_product_attention(q, kv.k, kv.v, is_causal=True, scale=ctx.scaling, enable_gqa=group > 1)
+        return full.transpose(1, 2), None
+    # SDPA adds its mask, so NaN keys would leak too
+    keys, values = _without_garbage(kv.k, kv), _without_garbage(kv.v, kv)
+    out: torch.Tensor | None = None
+    for span in _blocks(q, kv, ctx, max(1, SDPA_ROWS // group)):
+        start, stop, first, end = span
+        seen = None if plain and rows == 1 else _seen(kv, ctx, span, slots - rows)
+        if seen is not None:  # [B|1, 1|Hkv, r, keys] -> [.., G*r, keys]
+            if stop - start > 1 and group > 1:
+                seen = seen[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
+            elif seen.shape[2] == 1:
+                seen = seen.expand(-1, -1, group * (stop - start), -1)
+        part = F.scaled_dot_product_attention(
+            _pack(q[:, :, start:stop], kv_heads),
+            keys[:, :, first:end],
+            values[:, :, first:end],
+            attn_mask=seen,
+            scale=ctx.scaling,
+        )
+        if seen is not None and (kv.holes or ctx.mask is not None):  # rows that see nothing: NaN or a mean of values
+            part = part.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+        out = _place(out, part, q, start)
+    if out is None:
+        raise ConfigError("attention over zero queries.")
+    return out, None
+
+
+def _eager(logits: torch.Tensor, seen: torch.Tensor | None, want_lse: bool) -> Result:
+    """Softmax of logits [B, Hkv, G, r, keys] over the seen keys, and lse [B, Hkv, G, r]; rows of nothing give zeros."""
+    if seen is None and not want_lse:
+        return torch.softmax(logits, dim=-1), None
+    if seen is not None:
+        logits = torch.where(seen[:, :, None], logits, float("-inf"))  # also replaces NaN logits of empty slots
+    lse = torch.logsumexp(logits, dim=-1)
+    return torch.exp(logits - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]), lse
+
+
+def _run_torch(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
+    (batch, heads, rows, _), (kv_heads, slots) = q.shape, kv.k.shape[1:3]
+    keys, values = operand(kv.k).transpose(-1, -2), operand(_without_garbage(kv.v, kv))
+    out: torch.Tensor | None = None
+    logsums: list[torch.Tensor] = []
+    for span in _blocks(q, kv, ctx, rows_per_block(batch, heads, slots, TORCH_ROWS)):
+        start, stop, first, end = span
+        block = _pack(q[:, :, start:stop], kv_heads)  # [B, Hkv, G*r, D]
+        logits = matmul(operand(block), keys[..., first:end]) * ctx.scaling
+        if ctx.softcap is not None:
+            logits = torch.tanh(logits / ctx.softcap) * ctx.softcap
+        logits = logits.view(batch, kv_heads, -1, stop - start, end - first)
+        probs, lse = _eager(logits, _seen(kv, ctx, span, slots - rows), want_lse)
+        # .to(): half probabilities where the product of halves is fp32; a no-op elsewhere
+        part = matmul(probs.flatten(2, 3).to(values.dtype), values[:, :, first:end])
+        out = _place(out, part, q, start)
+        if want_lse and lse is not None:
+            logsums.append(lse.flatten(1, 2))  # [B, Hq, r]
+    if out is None:
+        raise ConfigError("attention over zero queries.")
+    return out, torch.cat(logsums, dim=-1) if want_lse else None
+
+
+# ---- the choice ----
+
+_WHY_NOT: dict[str, Callable[[_Call], str | None]] = {  # fastest first
+    "fa4": _not_fa4,
+    "cudnn": _not_cudnn,
+    "flash": _not_flash,
+    "sdpa": _not_sdpa,
+    "torch": _not_torch,
+}
+_RUN: dict[str, Callable[[torch.Tensor, Any, Any, bool], Result]] = {
+    "fa4": _run_fa4,
+    "cudnn": _run_cudnn,
+    "flash": _run_flash,
+    "sdpa": _run_sdpa,
+    "torch": _run_torch,
+}
+
+
+@lru_cache(maxsize=256)
+def _decide(call: _Call, forced: str | None) -> tuple[str, str]:
+    if forced:
+        if forced not in _RUN:
+            raise ConfigError(f"ATTNPATCH_BACKEND={forced!r} is not a backend; allowed: {', '.join(_RUN)}.")
+        if why := _WHY_NOT[forced](call):
+            kind = VersionError if "not installed" in why else ConfigError
+            raise kind(f"ATTNPATCH_BACKEND={forced} cannot do this call: {why}. Unset it, or choose another backend.")
+        return forced, "forced by ATTNPATCH_BACKEND"
+    passed: list[str] = []
+    for name, why_not in _WHY_NOT.items():
+        why = why_not(call)
+        if why is None:
+            return name, "; ".join(["the fastest that fits", *passed])
+        passed.append(f"not {name}: {why}")
+    raise ConfigError("no attention backend fits: " + "; ".join(passed))  # unreachable: `torch` takes everything
+
+
+def choose(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool = False) -> tuple[str, str]:
+    """(backend, reason) for this call: why this one, and why not each faster one. Never waits for the device."""
+    return _decide(_call(q, kv, ctx, want_lse), os.environ.get("ATTNPATCH_BACKEND") or None)
+
+
+def backends() -> list[tuple[str, bool, str]]:
+    """(name, usable, reason) of each backend on this machine, fastest first, for a plain bf16 prompt, head size 128."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    call = _Call(
+        device=device.type, capability=_capability(device), dtype=torch.bfloat16, dim=128, single=False, square=True,
+        holes=False, softcap=False, window=False, mask=False, want_lse=False,
+    )  # fmt: skip
+    return [(name, (why := why_not(call)) is None, why or "usable") for name, why_not in _WHY_NOT.items()]
+
+
+def run(
+    q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False, _backend: str | None = None
+) -> Result:
+    """Dense causal attention of q [B, Hq, T, D] over kv: out [B, T, Hq, D] in q.dtype (maybe a view), lse or None.
+
+    lse: [B, Hq, T] fp32 (fp64 for fp64 inputs). See `attnpatch.executors` for kv and ctx. `selection` is not read.
+    """
+    call = _call(q, kv, ctx, want_lse)
+    name, _ = _decide(call, _backend or os.environ.get("ATTNPATCH_BACKEND") or None)
+    return _RUN[name](q, kv, ctx, want_lse)

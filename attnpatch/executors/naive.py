@@ -1,0 +1,59 @@
+"""The reference: eager attention over the full boolean set of pairs. Slow, simple, believed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def _logits(q: torch.Tensor, kv: Any, scaling: float, softcap: float | None) -> torch.Tensor:
+    """Scaled and soft-capped logits [B, Hq, T, S] in fp32 (fp64 for fp64 inputs) of q [B, Hq, T, D]."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    k = kv.k.to(dtype).repeat_interleave(q.shape[1] // kv.k.shape[1], dim=1)  # [B, Hq, S, D], head h reads h // group
+    logits = q.to(dtype) @ k.transpose(-1, -2) * scaling
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def visible(kv: Any, q_pos: torch.Tensor, window: int | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """bool [B, 1|Hkv, T, S]: the pairs that may attend. q_pos int [B, T]; mask None or bool [B, 1, T, S]."""
+    pos, row = kv.pos[:, :, None, :], q_pos[:, None, :, None]
+    seen = (pos >= 0) & ((pos <= row) if mask is None else mask)
+    return seen if window is None else seen & (row - pos < window)
+
+
+def _per_query_head(seen: torch.Tensor, heads: int) -> torch.Tensor:
+    return seen if seen.shape[1] == 1 else seen.repeat_interleave(heads // seen.shape[1], dim=1)
+
+
+def _probabilities(logits: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the seen keys [B, Hq, T, S] (zero rows where nothing is seen) and lse [B, Hq, T]."""
+    logits = torch.where(seen, logits, float("-inf"))
+    lse = torch.logsumexp(logits, dim=-1)
+    return torch.where(seen, torch.exp(logits - lse[..., None]), 0.0), lse
+
+
+def run(
+    q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Dense attention of q [B, Hq, T, D] over kv: out [B, T, Hq, D] in q.dtype, lse [B, Hq, T] or None."""
+    seen = _per_query_head(visible(kv, ctx.q_pos, ctx.window, ctx.mask), q.shape[1])
+    probs, lse = _probabilities(_logits(q, kv, ctx.scaling, ctx.softcap), seen)
+    # empty slots may hold NaN, and 0 * NaN is NaN
+    v = torch.where((kv.pos >= 0)[..., None], kv.v, 0.0).to(probs.dtype)
+    out = probs @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # [B, Hq, T, D]
+    return out.to(q.dtype).transpose(1, 2), lse if want_lse else None
+
+
+def column_sums(
+    queries: torch.Tensor,
+    kv: Any,
+    *,
+    q_pos: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    lse: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """fp32 [B, Hq, S]: probability each slot receives from queries [B, Hq, w, D]. `lse` is ignored: recomputed here."""
+    seen = _per_query_head(visible(kv, q_pos), queries.shape[1])
+    return _probabilities(_logits(queries, kv, scaling, softcap), seen)[0].sum(dim=2).float()

@@ -1,0 +1,183 @@
+"""The base of every method, the registry, and the rules of composition."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import lru_cache
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from attnpatch.budget import Budget
+from attnpatch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from attnpatch.decisions import KeepSet
+    from attnpatch.engine.call import KV, Ctx
+
+P = TypeVar("P", bound="type[Patch]")
+_REGISTRY: dict[str, type[Patch]] = {}
+
+
+def option(default: Any, help: str, choices: Sequence[Any] | None = None, low: float | None = None) -> Any:
+    """A hyperparameter of a patch: default, one line of help, allowed values or a lower bound."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+
+
+@dataclass
+class Patch:
+    """Base of a method: typed hyperparameters plus hooks that return decisions.
+
+    Hooks (each optional): `observe(q, kv, ctx)` writes state; `keep(q, kv, ctx) -> KeepSet | None` says what stays.
+    q: [B, Hq, T, D] as the model rotated it. Rows are left-aligned: real tokens first.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    stage: ClassVar[str] = "evict"
+    query_aware: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_field(self.name, f, getattr(self, f.name))
+
+    # ---- declared capabilities: read by the composer, the CLI and the refusals -------------------------------
+    @property
+    def evict_at(self) -> frozenset[str]:
+        """Events at which `keep` is called: "chunk" (prompt not finished), "prompt" (its last chunk), "step"."""
+        return frozenset()
+
+    @property
+    def query_tail(self) -> int:
+        """How many of the last prompt queries the engine must hand to `keep` (0 = none)."""
+        return 0
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether `observe` reads `ctx.lse`."""
+        return False
+
+    @property
+    def recompresses(self) -> bool:
+        """Whether an already compressed cache is compressed again at a later turn."""
+        return bool(getattr(self, "recompress", False))
+
+    @classmethod
+    def hooks(cls) -> frozenset[str]:
+        """Names of the hooks this method defines."""
+        return frozenset(h for h in ("observe", "keep") if getattr(cls, h, None) is not getattr(Patch, h, None))
+
+    if TYPE_CHECKING:
+
+        def keep(self, q: Any, kv: KV, ctx: Ctx) -> KeepSet | None: ...
+
+        def observe(self, q: Any, kv: KV, ctx: Ctx) -> None: ...
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Field name -> value, budgets as text."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: (str(v) if isinstance(v, Budget) else v) for k, v in values.items()}
+
+
+@dataclass
+class EvictPatch(Patch):
+    """What every evicting method has in common."""
+
+    budget: Any = option("0.25", "KV entries kept per head: tokens (1024), prompt ratio (0.25), bytes ('512MiB')")
+    evict_per_chunk: bool = option(False, "hold the budget after every prefill chunk, not only at the prompt's end")
+    recompress: bool = option(False, "compress again at the end of each later turn's prompt")
+
+    def __post_init__(self) -> None:
+        self.budget = Budget.parse(self.budget)
+        super().__post_init__()
+
+    @property
+    def evict_at(self) -> frozenset[str]:
+        return frozenset({"prompt", "chunk"} if self.evict_per_chunk else {"prompt"})
+
+
+_BASE_TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "int | None": (int, type(None)),
+               "float | None": (int, float, type(None))}  # fmt: skip
+
+
+def _check_field(patch: str, f: Field, value: Any) -> None:
+    expected = _BASE_TYPES.get(str(f.type))
+    wrong_bool = isinstance(value, bool) and str(f.type) != "bool"
+    if expected and (wrong_bool or not isinstance(value, expected)):
+        raise ConfigError(f"{patch}: {f.name}={value!r} has the wrong type; expected {f.type}.")
+    choices, low = f.metadata.get("choices"), f.metadata.get("low")
+    if choices and value not in choices:
+        raise ConfigError(f"{patch}: {f.name}={value!r} is not allowed; choose one of {', '.join(map(repr, choices))}.")
+    if low is not None and value is not None and value < low:
+        raise ConfigError(f"{patch}: {f.name}={value!r} is too small; it must be at least {low}.")
+
+
+def register(name: str) -> Callable[[P], P]:
+    """Class decorator: make a Patch dataclass known under `name`."""
+
+    def add(cls: P) -> P:
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+@lru_cache(maxsize=1)
+def _load_all() -> None:
+    """Import every file of attnpatch.patches and every third-party entry point (neither imports torch)."""
+    import pkgutil
+
+    package = import_module("attnpatch.patches")
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.startswith("_"):
+            import_module(f"attnpatch.patches.{module.name}")
+    for entry in metadata.entry_points(group="attnpatch.patches"):
+        entry.load()
+
+
+def list_patches() -> dict[str, type[Patch]]:
+    """Name -> dataclass of every registered method, sorted. Imports neither torch nor transformers."""
+    _load_all()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def get_patch(name: str) -> type[Patch]:
+    """The dataclass registered under `name`; ConfigError names the nearest and all allowed names."""
+    known = list_patches()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown patch {name!r}.{hint} Known patches: {', '.join(known)}.")
+    return known[name]
+
+
+def build(cls: type[Patch], values: dict[str, Any]) -> Patch:
+    """Instantiate with an error that lists the allowed keywords."""
+    allowed = {f.name for f in fields(cls) if f.init}
+    if unknown := sorted(set(values) - allowed):
+        raise ConfigError(f"{cls.name} has no hyperparameter {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}.")
+    return cls(**values)
+
+
+def compose(patches: Sequence[Patch]) -> tuple[Patch, ...]:
+    """Check that the methods can work together: at most one owner of `keep`, no method twice."""
+    if not patches:
+        raise ConfigError("no patch given; name one, e.g. 'snapkv' (attnpatch list shows all).")
+    names = [p.name for p in patches]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"patch {name!r} is named twice; name it once.")
+    owners = [p.name for p in patches if "keep" in p.hooks()]
+    if len(owners) > 1:
+        raise ConfigError(f"{owners[0]!r} and {owners[1]!r} both decide what the cache keeps (hook 'keep'); name one.")
+    return tuple(patches)
+
+
+def describe(cls: type[Patch]) -> Iterator[tuple[str, str, Any, str]]:
+    """(name, type, default, help) of each hyperparameter."""
+    for f in fields(cls):
+        default = f.default if f.default is not MISSING else None
+        yield f.name, str(f.type), default, f.metadata.get("help", "")

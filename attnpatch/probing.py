@@ -1,0 +1,61 @@
+"""probe: call a method's hook from outside on plain tensors, to check what it chooses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attnpatch.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def probe(
+    patch: Any, q: Tensor, k: Tensor, v: Tensor | None = None, *,
+    scaling: float | None = None, padding: Tensor | None = None, **state: Any,
+) -> Any:  # fmt: skip
+    """What `patch` decides at the end of a prompt: its KeepSet, or None (dense).
+
+    patch: a name or a Patch object. q: [B, Hq, N, D] (or the last queries [B, Hq, T, D]); k, v: [B, Hkv, N, D],
+    rotated as the model rotates them. padding: bool [B, N], True for real tokens; slots of the answer then count a
+    row's real tokens. state: layer, n_layers, softcap, event ("prompt" | "chunk"), tail, prompt_len, budget and the
+    patch's own hyperparameters. Raises InputError on shapes that do not fit, ConfigError on an unknown keyword.
+    """
+    import torch
+
+    from attnpatch.api import resolve
+    from attnpatch.engine.call import KV, Ctx
+    from attnpatch.executors import dense
+
+    known = {name: state.pop(name) for name in ("layer", "n_layers", "softcap", "event", "tail", "prompt_len")
+             if name in state}  # fmt: skip
+    patches = resolve(patch, **state)
+    if len(patches) != 1:
+        raise ConfigError("probe takes one patch; probe them one by one.")
+    method, v = patches[0], k if v is None else v
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
+        raise InputError(f"q {tuple(q.shape)}, k {tuple(k.shape)} do not fit: give [B, Hq, T<=N, D], [B, Hkv, N, D].")
+    batch, n, rows = k.shape[0], k.shape[2], q.shape[2]
+    real = torch.ones(batch, n, dtype=torch.bool, device=k.device) if padding is None else padding.bool()
+    order = (~real).to(torch.uint8).argsort(dim=-1, stable=True)  # real tokens first
+    pos = torch.where(real, real.long().cumsum(-1) - 1, -1).gather(1, order)
+    k, v = (x.gather(2, order[:, None, :, None].expand_as(x)) for x in (k, v))
+    q_pos = torch.where(real, real.long().cumsum(-1) - 1, -1)[:, n - rows :]
+    kv = KV(k, v, pos[:, None].to(torch.int32), holes=padding is not None)
+    lengths = known.get("prompt_len") or tuple(real.sum(-1).tolist())
+    ctx = Ctx(
+        known.get("layer", 0), known.get("n_layers", 1), "prefill", known.get("event", "prompt"), q_pos, tuple(lengths),
+        k.shape[-1] ** -0.5 if scaling is None else scaling, known.get("softcap"),
+    )  # fmt: skip
+    ctx.bytes_per_token = float((k[0, :, 0].numel() + v[0, :, 0].numel()) * k.element_size() * ctx.n_layers)
+    if method.query_tail:
+        last = q_pos.argsort(dim=-1, stable=True)[:, -method.query_tail :]
+        ctx.tail = q.gather(2, last[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+        ctx.tail_pos = q_pos.gather(1, last)
+        if known.get("tail") is not None:
+            ctx.tail = known["tail"]
+    with torch.no_grad():
+        if "observe" in method.hooks():
+            ctx.lse = dense.run(q, kv, None, ctx, want_lse=True)[1]
+            method.observe(q, kv, ctx)
+        return method.keep(q, kv, ctx) if "keep" in method.hooks() else None

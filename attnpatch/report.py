@@ -1,0 +1,116 @@
+"""status(model): what is patched, what each layer holds, and what that saves, in bytes allocated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from attnpatch.errors import PatchStateError
+
+
+@dataclass
+class LayerStatus:
+    """One decoder layer. `positions`: held true positions int32 [B, Hkv, S], -1 = empty slot (None without a cache)."""
+
+    index: int
+    kind: str
+    covered: bool
+    reason: str = ""
+    seen: int = 0
+    held: int = 0
+    bytes_held: int = 0
+    bytes_dense: int = 0
+    positions: Any = field(default=None, repr=False)
+
+
+@dataclass
+class Status:
+    """The state of a patched model and of the newest cache it filled."""
+
+    patches: dict[str, dict[str, Any]]
+    layers: list[LayerStatus]
+    backend: str
+    backend_reason: str
+    note: str = ""
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes allocated for K and V over all layers."""
+        return sum(layer.bytes_held for layer in self.layers)
+
+    @property
+    def bytes_dense(self) -> int:
+        """Bytes the un-patched cache would hold."""
+        return sum(layer.bytes_dense for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; positions are left out."""
+        layers = [{k: v for k, v in vars(layer).items() if k != "positions"} for layer in self.layers]
+        return {**{k: v for k, v in asdict(self).items() if k != "layers"}, "layers": layers,
+                "bytes_held": self.bytes_held, "bytes_dense": self.bytes_dense}  # fmt: skip
+
+    def __str__(self) -> str:
+        lines = []
+        for name, values in self.patches.items():
+            lines.append(f"{name}: " + ", ".join(f"{k}={v}" for k, v in values.items()))
+        skipped = [layer for layer in self.layers if not layer.covered]
+        lines.append(f"layers: {len(self.layers) - len(skipped)} of {len(self.layers)} patched")
+        lines += [f"  layer {layer.index} left alone: {layer.reason}" for layer in skipped]
+        lines.append(f"backend: {self.backend} ({self.backend_reason})")
+        for layer in self.layers:
+            if layer.seen:
+                share = layer.bytes_held / max(layer.bytes_dense, 1)
+                lines.append(f"  layer {layer.index}: seen {layer.seen}, held {layer.held}, "
+                             f"{layer.bytes_held:,} of {layer.bytes_dense:,} bytes ({share:.1%})")  # fmt: skip
+        if self.bytes_dense:
+            share = self.bytes_held / self.bytes_dense
+            lines.append(f"KV: {self.bytes_held:,} of {self.bytes_dense:,} bytes ({share:.1%})")
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+
+def status(model: Any) -> Status:
+    """What `patch_model` did to `model` and what the newest cache holds. Raises PatchStateError if not patched."""
+    from attnpatch.engine.families import unwrap
+
+    handle = getattr(unwrap(model), "_attnpatch", None)
+    if handle is None:
+        raise PatchStateError("the model is not patched; call patch_model(model, ...) first.")
+    plan, held = handle.plan, handle.layer_summaries()
+    layers = []
+    for fact in plan.facts:
+        covered = fact.index in plan.covered
+        row = LayerStatus(fact.index, fact.kind, covered, fact.reason or ("" if covered else "not among layers="))
+        if held is not None:
+            vars(row).update(vars(held[fact.index]))
+            row.positions = row.positions.cpu() if row.positions is not None else None
+        layers.append(row)
+    backend, why = _backend(handle.model)
+    return Status({p.name: p.hyperparameters() for p in plan.patches}, layers, backend, why, _note(plan, layers))
+
+
+def _backend(model: Any) -> tuple[str, str]:
+    """The dense executor's choice for a whole prompt on this model's device and dtype."""
+    import torch
+
+    from attnpatch.engine.call import KV, Ctx
+    from attnpatch.executors import dense
+
+    weight = next(model.parameters())
+    attention = model.get_decoder().layers[0].self_attn
+    dim = getattr(attention, "head_dim", 64)
+    q = torch.empty(1, attention.num_key_value_groups, 2, dim, dtype=weight.dtype, device=weight.device)
+    kv = KV(q[:, :1], q[:, :1], None)  # type: ignore[arg-type]
+    softcap = getattr(attention, "attn_logit_softcapping", None)
+    ctx = Ctx(0, 1, "prefill", "prompt", None, (2,), 1.0, softcap)  # type: ignore[arg-type]
+    return dense.choose(q, kv, ctx)
+
+
+def _note(plan: Any, layers: list[LayerStatus]) -> str:
+    if not plan.covered:
+        return "no layer can be patched (all use a sliding window): the model runs dense."
+    if not any(layer.seen for layer in layers):
+        return "no forward yet: nothing held."
+    full = [layer for layer in layers if layer.covered]
+    if full and full[0].seen and all(layer.held == layer.seen for layer in full):
+        return "nothing was evicted: the prompt fits the budget (or has not ended), so attention is dense."
+    return ""

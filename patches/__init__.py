@@ -1,0 +1,1 @@
+"""One file, one method. Importing a file registers it; none imports torch at import time."""

@@ -1,0 +1,1 @@
+"""Recipes: one YAML a file, read by `attnpatch.load_recipe`."""

@@ -1,0 +1,395 @@
+"""Every generation mode under a patch: right, or refused with an error that says what to do instead."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from oracle import CONFIGS, FULL, tiny
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig
+
+import attnpatch
+from attnpatch.errors import (
+    ConfigError,
+    InputError,
+    PatchStateError,
+    UnsupportedModelError,
+    UnsupportedModeError,
+)
+
+SNAP = {"budget": 12, "window_size": 4, "kernel_size": 3}
+NEW = 6
+
+
+def prompt(batch: int = 1, length: int = 40, seed: int = 3) -> torch.Tensor:
+    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model, ids, **kwargs):
+    return model.generate(ids, max_new_tokens=NEW, do_sample=False, **kwargs)
+
+
+@pytest.fixture
+def model():
+    return tiny("llama")
+
+
+# ---- inert patch equals stock ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_budget_above_length_equals_stock(name):
+    model, ids = tiny(name), prompt(2)
+    expected, logits = greedy(model, ids), model(ids).logits
+    with attnpatch.patched(model, "snapkv", budget=64, window_size=8):
+        assert torch.equal(greedy(model, ids), expected)
+        assert "nothing was evicted" in str(attnpatch.status(model)) or name == "mistral_sw"
+        torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=1e-5)
+    assert torch.equal(model(ids).logits, logits)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_first_token_equals_dense_and_held_is_exact(name):
+    model, ids = tiny(name), prompt()
+    expected = greedy(model, ids)
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        got = greedy(model, ids)
+        report = attnpatch.status(model)
+    assert got[0, 40] == expected[0, 40]
+    for layer in report.layers:
+        if layer.covered:
+            assert layer.seen == 40 + NEW - 1 and layer.held == 12 + NEW - 1
+            assert layer.positions.shape[-1] == layer.held
+
+
+# ---- modes that must be right ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch", ["snapkv", "pyramidkv", "h2o", "streamingllm", "random"])
+def test_left_padded_rows_equal_single_rows(model, patch):
+    ids, short = prompt(2), 29
+    padded = ids.clone()
+    padded[1, : 40 - short] = 0
+    mask = (torch.arange(40) >= 40 - short).long()[None].expand(2, -1).clone()
+    mask[0] = 1
+    hyper = {"budget": 0.4} if patch in ("h2o", "streamingllm", "random") else {"budget": 0.4, "window_size": 4}
+    with attnpatch.patched(model, patch, **hyper):
+        both = greedy(model, padded, attention_mask=mask)
+        one = greedy(model, ids[:1])
+        two = greedy(model, ids[1:, 40 - short :])
+    assert torch.equal(both[0], one[0])
+    assert torch.equal(both[1, 40:], two[0, short:])
+
+
+@pytest.mark.parametrize("patch", ["snapkv", "pyramidkv", "h2o", "random"])
+def test_chunked_prefill_equals_whole(model, patch):
+    hyper = {"budget": 14} | ({"window_size": 4} if patch != "h2o" else {})
+    with attnpatch.patched(model, patch, **hyper):
+        whole = greedy(model, prompt(2))
+        assert torch.equal(greedy(model, prompt(2), prefill_chunk_size=7), whole)
+        assert torch.equal(greedy(model, prompt(2), prefill_chunk_size=39), whole)  # last chunk below the window
+
+
+@pytest.mark.parametrize("patch", ["snapkv", "streamingllm", "h2o", "random"])
+def test_budget_holds_across_chunks(model, patch):
+    with attnpatch.patched(model, patch, budget=14, evict_per_chunk=True, **({"window_size": 4} if patch in ("snapkv", "random") else {})):
+        cache = attnpatch.PatchCache(model)
+        cache.expect(40)
+        ids = prompt()
+        for chunk in ids.split(10, dim=1):
+            with torch.no_grad():
+                model(chunk, past_key_values=cache)
+            assert all(layer.held <= 14 for layer in cache.layers)
+        assert cache.get_seq_length() == 40
+
+
+def test_second_turn_and_recompress(model):
+    ids = prompt()
+    for recompress in (False, True):
+        with attnpatch.patched(model, "snapkv", recompress=recompress, **SNAP):
+            cache = attnpatch.PatchCache(model)
+            first = greedy(model, ids, past_key_values=cache)
+            assert cache.get_seq_length() == 45 and cache.layers[0].held == 17
+            second = torch.cat([first, prompt(1, 9, seed=5)], dim=1)
+            greedy(model, second, past_key_values=cache)
+            held = 12 + NEW - 1 if recompress else 17 + 10 + NEW - 1
+            assert cache.get_seq_length() == 55 + NEW - 1 and cache.layers[0].held == held
+
+
+def test_beams_equal_each_history_alone(model):
+    ids = prompt(2, 33)
+    for patch, hyper in (("snapkv", SNAP), ("h2o", {"budget": 12})):
+        with attnpatch.patched(model, patch, **hyper):
+            out = model.generate(
+                ids, max_new_tokens=NEW, num_beams=4, do_sample=False, num_return_sequences=2,
+                return_dict_in_generate=True, output_scores=True,
+            )  # fmt: skip
+            for row in range(4):
+                sequence, total, cache = out.sequences[row : row + 1], 0.0, attnpatch.PatchCache(model)
+                with torch.no_grad():
+                    logits = model(sequence[:, :33], past_key_values=cache).logits[:, -1]
+                    for step in range(NEW):
+                        total += logits.log_softmax(-1)[0, sequence[0, 33 + step]].item()
+                        logits = model(sequence[:, 33 + step : 34 + step], past_key_values=cache).logits[:, -1]
+                assert total / NEW == pytest.approx(out.sequences_scores[row].item(), abs=1e-3)
+
+
+def test_sampling_and_return_sequences(model):
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        torch.manual_seed(0)
+        out = model.generate(prompt(2), max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    assert out.shape == (6, 44)
+
+
+def test_inputs_embeds(model):
+    ids = prompt()
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        expected = greedy(model, ids)[:, 40:]
+        assert torch.equal(greedy(model, None, inputs_embeds=model.get_input_embeddings()(ids)), expected)
+
+
+def test_bare_forward_makes_and_returns_a_patch_cache(model):
+    ids = prompt()
+    with attnpatch.patched(model, "snapkv", **SNAP), torch.no_grad():
+        expected = greedy(model, ids)[0, 40:].tolist()
+        out = model(ids)
+        assert isinstance(out.past_key_values, attnpatch.PatchCache)
+        got = [out.logits[0, -1].argmax().item()]
+        for _ in range(NEW - 1):
+            out = model(torch.tensor([[got[-1]]]), past_key_values=out.past_key_values)
+            got.append(out.logits[0, -1].argmax().item())
+    assert got == expected
+
+
+def test_right_padding_in_a_bare_forward(model):
+    ids, n = prompt(2), 31
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, n:] = 0
+    with attnpatch.patched(model, "snapkv", **SNAP), torch.no_grad():
+        both = model(ids, attention_mask=mask)
+        single = model(ids[1:, :n])
+        torch.testing.assert_close(both.logits[1, :n], single.logits[0], atol=1e-4, rtol=1e-5)
+        held = both.past_key_values.layers[0].pos[1].sort(-1).values
+        assert torch.equal(held, single.past_key_values.layers[0].pos[0].sort(-1).values)
+
+
+def test_bf16(model):
+    model = model.to(torch.bfloat16)
+    for patch in ("snapkv", "h2o", "streamingllm"):
+        with attnpatch.patched(model, patch, budget=40):
+            assert torch.isfinite(model(prompt(1, 64)).logits).all()
+
+
+def test_threads_stay_independent(model):
+    prompts = [prompt(1, 30 + i, seed=i) for i in range(8)]
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        expected = [greedy(model, ids) for ids in prompts]
+        got: list = [None] * 8
+
+        def work(i):
+            got[i] = greedy(model, prompts[i])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+    assert all(torch.equal(a, b) for a, b in zip(expected, got))
+
+
+def test_compiled_forward(model):
+    ids = prompt()
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        expected = greedy(model, ids)
+        compiled = torch.compile(model.forward, backend="eager", dynamic=True)
+        original, model.forward = model.forward, compiled
+        try:
+            assert torch.equal(greedy(model, ids), expected)
+        finally:
+            del model.forward
+    torch.compiler.reset()
+
+
+def test_save_and_to(model, tmp_path):
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        model.to(torch.float32).save_pretrained(tmp_path)
+        assert "attnpatch" not in (tmp_path / "config.json").read_text()
+        assert "_attnpatch" not in model.state_dict()
+
+
+def test_reset_equals_a_fresh_cache(model):
+    with attnpatch.patched(model, "h2o", budget=12):
+        cache = attnpatch.PatchCache(model)
+        greedy(model, prompt(1, 50, seed=9), past_key_values=cache)
+        cache.reset()
+        assert torch.equal(greedy(model, prompt(), past_key_values=cache), greedy(model, prompt()))
+
+
+def test_crop_as_far_as_the_last_eviction(model):
+    with attnpatch.patched(model, "snapkv", **SNAP), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        model(prompt(), past_key_values=cache)
+        extra = prompt(1, 5, seed=4)
+        for t in range(5):
+            model(extra[:, t : t + 1], past_key_values=cache)
+        before = [layer.keys[:, :, :14].clone() for layer in cache.layers]
+        cache.crop(-3)
+        assert cache.get_seq_length() == 42
+        assert all(torch.equal(a, layer.keys) for a, layer in zip(before, cache.layers))
+        with pytest.raises(UnsupportedModeError, match="last eviction"):
+            cache.crop(-6)
+
+
+def test_sliding_layers_are_left_alone():
+    stock, model, ids = tiny("gemma3"), tiny("gemma3"), prompt()
+    with attnpatch.patched(model, "snapkv", **SNAP), torch.no_grad():
+        ours = model(ids).past_key_values
+        theirs = stock(ids).past_key_values
+    for mine, other in zip(ours.layers[:3], theirs.layers[:3]):
+        assert type(mine) is type(other)
+        torch.testing.assert_close(mine.keys, other.keys, atol=1e-4, rtol=1e-4)
+
+
+# ---- un-patching -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_unpatch_leaves_nothing(name):
+    model, ids = tiny(name), prompt()
+    before, attributes = model(ids).logits, dict(model.__dict__)
+    hooks = len(model.get_decoder()._forward_pre_hooks)
+    registries = dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
+    attnpatch.patch_model(model, "snapkv", **SNAP)
+    greedy(model, ids)
+    attnpatch.unpatch_model(model)
+    assert model.__dict__.keys() == attributes.keys() and all(model.__dict__[k] is v for k, v in attributes.items())
+    assert len(model.get_decoder()._forward_pre_hooks) == hooks
+    assert registries == (dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping))
+    assert torch.equal(model(ids).logits, before)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+        ({"cache_implementation": "paged"}, "cache_implementation='paged'"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "prompt_lookup_num_tokens"),
+        ({"past_key_values": DynamicCache()}, "DynamicCache"),
+    ],
+)
+def test_refused_generation_modes(model, kwargs, words):
+    with attnpatch.patched(model, "snapkv", **SNAP), pytest.raises(UnsupportedModeError, match=words):
+        greedy(model, prompt(), **kwargs)
+
+
+def test_refuses_assistant_and_batching(model):
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        with pytest.raises(UnsupportedModeError, match="assistant_model"):
+            greedy(model, prompt(), assistant_model=tiny("llama"))
+        with pytest.raises(UnsupportedModeError, match="generate_batch"):
+            model.generate_batch([[1, 2, 3]])
+        with pytest.raises(UnsupportedModeError, match="assisted"):
+            attnpatch.PatchCache(model).activate_past_recording()
+
+
+def test_refuses_second_patch_foreign_cache_copy_and_hidden_change(model):
+    attnpatch.patch_model(model, "snapkv", **SNAP)
+    with pytest.raises(PatchStateError, match="already patched with snapkv"):
+        attnpatch.patch_model(model, "h2o")
+    with pytest.raises(UnsupportedModeError, match="DynamicCache"):
+        model(prompt(), past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(PatchStateError, match="unpatch_model"):
+        copy.deepcopy(model)
+    with pytest.raises(PatchStateError, match="unpatch_model"):
+        pickle.dumps(model)
+    old = attnpatch.PatchCache(model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(PatchStateError, match="'eager' behind the patch"):
+        model(prompt())
+    attnpatch.unpatch_model(model)
+    attnpatch.patch_model(model, "snapkv", **SNAP)
+    with pytest.raises(PatchStateError, match="another patch"):
+        model(prompt(), past_key_values=old)
+    attnpatch.unpatch_model(model)
+    with pytest.raises(PatchStateError, match="not patched"):
+        attnpatch.unpatch_model(model)
+
+
+def test_refuses_training_attentions_and_bad_masks(model):
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        model.train()
+        with pytest.raises(UnsupportedModeError, match="model.eval"):
+            model(prompt())
+        model.eval()
+        with pytest.raises(UnsupportedModeError, match="output_attentions"):
+            model(prompt(), output_attentions=True)
+        with pytest.raises(InputError, match="NaN"):
+            model(prompt(), attention_mask=torch.full((1, 40), float("nan")))
+        with pytest.raises(InputError, match="empty"):
+            greedy(model, prompt()[:, :0])
+
+
+def test_refuses_models_that_do_not_fit():
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    with pytest.raises(UnsupportedModelError, match="not a transformers model"):
+        attnpatch.patch_model(torch.nn.Linear(2, 2), "snapkv")
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    with pytest.raises(UnsupportedModelError, match="lacks"):
+        attnpatch.patch_model(BertForMaskedLM(BertConfig(**small)), "snapkv")
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2, vocab_size=20))
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        attnpatch.patch_model(t5, "snapkv")
+    with torch.device("meta"):
+        meta = tiny("llama")
+    with pytest.raises(UnsupportedModelError, match="meta device"):
+        attnpatch.patch_model(meta, "snapkv")
+    assert not hasattr(meta, "_attnpatch") and meta.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    "patch, kwargs, words",
+    [
+        ("snapvk", {}, "Did you mean 'snapkv'"),
+        ("snapkv", {"windowsize": 3}, "allowed: budget"),
+        ("snapkv", {"budget": 0}, "above zero"),
+        ("snapkv", {"budget": -5}, "above zero"),
+        ("snapkv", {"budget": "12 parsecs"}, "512MiB"),
+        ("snapkv", {"budget": 16}, "must exceed window_size"),
+        ("snapkv", {"kernel_size": 4}, "odd"),
+        ("snapkv", {"pooling": "sum"}, "'maxpool', 'avgpool'"),
+        ("snapkv", {"window_size": 2.5}, "wrong type"),
+        ("snapkv+h2o", {}, "both decide"),
+        ("snapkv+snapkv", {}, "named twice"),
+        ("snapkv+h2o", {"budget": 9}, "belongs to"),
+        ("snapkv", {"layers": [9]}, "layers 0..3"),
+        (3, {}, "is not a patch"),
+        ([], {}, "no patch given"),
+    ],
+)
+def test_bad_configuration(model, patch, kwargs, words):
+    with pytest.raises(ConfigError, match=words):
+        attnpatch.patch_model(model, patch, **kwargs)
+    assert not hasattr(model, "_attnpatch")
+
+
+def test_layers_argument(model):
+    with attnpatch.patched(model, "snapkv", layers=[1, -1], **SNAP):
+        model(prompt())
+        report = attnpatch.status(model)
+    assert [layer.covered for layer in report.layers] == [False, True, False, True]
+    assert [layer.held for layer in report.layers] == [40, 12, 40, 12]
+
+
+def test_verify(model):
+    result = attnpatch.verify(model, "snapkv")
+    assert result.ok and "worst: layer" in str(result)
+    assert not hasattr(model, "_attnpatch")

@@ -15,7 +15,7 @@ _NAMES = {
     "unpatch_model": "attnpatch.api",
     "patched": "attnpatch.api",
     "status": "attnpatch.report",
-    "verify": "attnpatch.verify",
+    "verify": "attnpatch.verifying",
     "probe": "attnpatch.probing",
     "list_patches": "attnpatch.patch",
     "Patch": "attnpatch.patch",
@@ -28,7 +28,7 @@ _NAMES = {
 }
 __all__ = ["__version__", *_NAMES]
 
-if TYPE_CHECKING:  # ruff: noqa: F401
+if TYPE_CHECKING:
     from attnpatch.api import patch_model, patched, unpatch_model
     from attnpatch.budget import Budget
     from attnpatch.engine.cache import PatchCache
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # ruff: noqa: F401
     from attnpatch.probing import probe
     from attnpatch.recipe import Recipe, load_recipe
     from attnpatch.report import status
-    from attnpatch.verify import verify
+    from attnpatch.verifying import verify
 
 
 def __getattr__(name: str) -> object:

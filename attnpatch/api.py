@@ -59,7 +59,7 @@ def _assign(classes: list[type[Patch]], budget: Any, values: dict[str, Any]) -> 
     for key, value in values.items():
         if key in names:
             if not isinstance(value, dict):
-                raise ConfigError(f"{key}={value!r}: give a patch's hyperparameters as a dict: {key}={{'name': value}}.")
+                raise ConfigError(f"{key}={value!r}: give the hyperparameters as a dict: {key}={{'name': value}}.")
             own[names.index(key)].update(value)
             continue
         owners = [i for i, c in enumerate(classes) if key in {f.name for f in fields(c)}]

@@ -50,7 +50,7 @@ class KeepSet:
         """The best `capacity[b]` slots of each row, always with its first `head` and last `tail` tokens.
 
         scores: fp32 [B, H', S]; pos: int [B, 1|H', S] true positions, -1 = empty slot (never kept).
-        tail may differ by row. Ties go to the later slot. Rows with fewer tokens than the widest row are filled up and counted.
+        tail may differ by row. Ties go to the later slot. Rows with fewer tokens are filled up and counted.
         """
         import torch
 
@@ -58,9 +58,8 @@ class KeepSet:
         pos = pos.expand(-1, heads, -1)  # [B, H', S]
         valid = pos >= 0
         last = pos.amax(dim=-1, keepdim=True)  # newest position of the row
-        if not isinstance(tail, int):
-            tail = torch.as_tensor(list(tail), device=pos.device)[:, None, None]
-        pinned = valid & ((pos > last - tail) | (pos < head))
+        recent = torch.as_tensor(tail if isinstance(tail, int) else list(tail), device=pos.device)
+        pinned = valid & ((pos > last - recent.reshape(-1, 1, 1)) | (pos < head))
         rank = scores.float().masked_fill(pinned, float("inf")).masked_fill(~valid, float("-inf"))
         width = min(max(capacity), scores.shape[-1])
         # stable descending sort of the reversed row: equal scores come out latest slot first

@@ -98,15 +98,26 @@ class EvictPatch(Patch):
         return frozenset({"prompt", "chunk"} if self.evict_per_chunk else {"prompt"})
 
 
-_BASE_TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "int | None": (int, type(None)),
-               "float | None": (int, float, type(None))}  # fmt: skip
+_BASE_TYPES: dict[str, Any] = {
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "bool": bool,
+    "int | None": (int, type(None)),
+    "float | None": (int, float, type(None)),
+}
+
+
+def _type_name(f: Field) -> str:
+    """The annotation as text, with or without `from __future__ import annotations`."""
+    return f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
 
 
 def _check_field(patch: str, f: Field, value: Any) -> None:
-    expected = _BASE_TYPES.get(str(f.type))
-    wrong_bool = isinstance(value, bool) and str(f.type) != "bool"
+    expected = _BASE_TYPES.get(_type_name(f))
+    wrong_bool = isinstance(value, bool) and _type_name(f) != "bool"
     if expected and (wrong_bool or not isinstance(value, expected)):
-        raise ConfigError(f"{patch}: {f.name}={value!r} has the wrong type; expected {f.type}.")
+        raise ConfigError(f"{patch}: {f.name}={value!r} has the wrong type; expected {_type_name(f)}.")
     choices, low = f.metadata.get("choices"), f.metadata.get("low")
     if choices and value not in choices:
         raise ConfigError(f"{patch}: {f.name}={value!r} is not allowed; choose one of {', '.join(map(repr, choices))}.")
@@ -180,4 +191,4 @@ def describe(cls: type[Patch]) -> Iterator[tuple[str, str, Any, str]]:
     """(name, type, default, help) of each hyperparameter."""
     for f in fields(cls):
         default = f.default if f.default is not MISSING else None
-        yield f.name, str(f.type), default, f.metadata.get("help", "")
+        yield f.name, _type_name(f), default, f.metadata.get("help", "")

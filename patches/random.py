@@ -32,4 +32,5 @@ class Random(EvictPatch):
         if kv.S <= min(capacity):
             return None
         pos = kv.pos.expand(-1, kv.k.shape[1], -1)
-        return KeepSet.top(ctx.noise(pos, self.seed), capacity, kv.pos, tail=min(self.window_size, min(capacity)))
+        tail = [min(self.window_size, c) for c in capacity]
+        return KeepSet.top(ctx.noise(pos, self.seed), capacity, kv.pos, tail=tail)

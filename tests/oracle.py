@@ -25,7 +25,11 @@ CONFIGS = {
     "gemma2": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 16}),
     "gemma3": (
         "gemma3_text",
-        {"sliding_window": 16, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+        {
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
     ),
 }
 FULL = [name for name in CONFIGS if name != "mistral_sw"]
@@ -77,7 +81,8 @@ class Oracle:
                 visible = (kept[:, :, None, :] == old[..., None]).any(-1) & (old >= 0)  # [B, Hkv, seen]
                 extra = torch.zeros(visible.shape[0], visible.shape[1], 1, mask.shape[-1], dtype=mask.dtype)
                 extra[..., :seen].masked_fill_(~visible[:, :, None], torch.finfo(mask.dtype).min)
-                kwargs["attention_mask"] = (mask + extra.repeat_interleave(groups, 1)).clamp(min=torch.finfo(mask.dtype).min)
+                both = mask + extra.repeat_interleave(groups, 1)
+                kwargs["attention_mask"] = both.clamp(min=torch.finfo(mask.dtype).min)
                 return args, kwargs
 
             return hook

@@ -16,8 +16,8 @@ from attnpatch.errors import (
     ConfigError,
     InputError,
     PatchStateError,
-    UnsupportedModelError,
     UnsupportedModeError,
+    UnsupportedModelError,
 )
 
 SNAP = {"budget": 12, "window_size": 4, "kernel_size": 3}
@@ -95,7 +95,8 @@ def test_chunked_prefill_equals_whole(model, patch):
 
 @pytest.mark.parametrize("patch", ["snapkv", "streamingllm", "h2o", "random"])
 def test_budget_holds_across_chunks(model, patch):
-    with attnpatch.patched(model, patch, budget=14, evict_per_chunk=True, **({"window_size": 4} if patch in ("snapkv", "random") else {})):
+    window = {"window_size": 4} if patch in ("snapkv", "random") else {}
+    with attnpatch.patched(model, patch, budget=14, evict_per_chunk=True, **window):
         cache = attnpatch.PatchCache(model)
         cache.expect(40)
         ids = prompt()
@@ -195,15 +196,14 @@ def test_threads_stay_independent(model):
         threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
         [t.start() for t in threads]
         [t.join() for t in threads]
-    assert all(torch.equal(a, b) for a, b in zip(expected, got))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 def test_compiled_forward(model):
     ids = prompt()
     with attnpatch.patched(model, "snapkv", **SNAP):
         expected = greedy(model, ids)
-        compiled = torch.compile(model.forward, backend="eager", dynamic=True)
-        original, model.forward = model.forward, compiled
+        model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
         try:
             assert torch.equal(greedy(model, ids), expected)
         finally:
@@ -236,7 +236,7 @@ def test_crop_as_far_as_the_last_eviction(model):
         before = [layer.keys[:, :, :14].clone() for layer in cache.layers]
         cache.crop(-3)
         assert cache.get_seq_length() == 42
-        assert all(torch.equal(a, layer.keys) for a, layer in zip(before, cache.layers))
+        assert all(torch.equal(a, layer.keys) for a, layer in zip(before, cache.layers, strict=True))
         with pytest.raises(UnsupportedModeError, match="last eviction"):
             cache.crop(-6)
 
@@ -246,7 +246,7 @@ def test_sliding_layers_are_left_alone():
     with attnpatch.patched(model, "snapkv", **SNAP), torch.no_grad():
         ours = model(ids).past_key_values
         theirs = stock(ids).past_key_values
-    for mine, other in zip(ours.layers[:3], theirs.layers[:3]):
+    for mine, other in zip(ours.layers[:3], theirs.layers[:3], strict=True):
         assert type(mine) is type(other)
         torch.testing.assert_close(mine.keys, other.keys, atol=1e-4, rtol=1e-4)
 
@@ -383,8 +383,9 @@ def test_bad_configuration(model, patch, kwargs, words):
 
 def test_layers_argument(model):
     with attnpatch.patched(model, "snapkv", layers=[1, -1], **SNAP):
-        model(prompt())
+        out = model(prompt())
         report = attnpatch.status(model)
+    assert out.past_key_values.layers[0].held == 40
     assert [layer.covered for layer in report.layers] == [False, True, False, True]
     assert [layer.held for layer in report.layers] == [40, 12, 40, 12]
 

@@ -19,7 +19,7 @@ def verify(
     """Check a method on a model: large budget equals dense, un-patching is exact. Exit code 1 if a check fails."""
     patches = c.required_recipe(patch, recipe, settings).build()
     loaded, _ = c.load_model(model, dtype, device_map)
-    from attnpatch.verify import verify as check
+    from attnpatch.verifying import verify as check
 
     report = check(loaded, patches)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,13 +106,13 @@ def _ctx(
 
 
 def _patched(
-    call: Call, layer: PatchLayer, index: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None
+    call: Any, layer: PatchLayer, index: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
     """align, append, attend, observe, keep, un-align: the order of work inside one attention call."""
     plan, cache, event = call.plan, call.cache, call.event
     cache.batch = q.shape[0]
     ordinal = plan.ordinal.get(index)
-    q_pos = call.q_pos(q.shape[0], q.device) if call.padding is not None else None
+    q_pos: Any = call.q_pos(q.shape[0], q.device) if call.padding is not None else None
     order = call.order(q.device)
     if order is not None:
         q, k, v = (x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (q, k, v))
@@ -125,8 +126,10 @@ def _patched(
     ctx = _ctx(call, ordinal or 0, len(plan.covered), q_pos, scaling, softcap, None, custom)
     want_lse = bool(observers) and plan.needs_lse
     out, lse = dense.run(q, kv, _DENSE, ctx, want_lse)  # [B, T, Hq, D]
-    if event != "step" and ordinal is not None and plan.query_tail and plan.keeper is not None:
-        layer.tail = _push_tail(layer.tail, q, q_pos, call, plan.query_tail)
+    if plan.query_tail and event != "step" and ordinal is not None:
+        ctx.tail, ctx.tail_pos = _push_tail(layer.tail, q, q_pos, call, plan.query_tail)
+        # a copy: a view would keep all queries alive until the next chunk
+        layer.tail = (ctx.tail.clone(), ctx.tail_pos) if event == "chunk" else None
     if observers or keeper is not None:
         _decide(call, layer, kv, ctx, q, lse, observers, keeper)
     if order is None:
@@ -171,7 +174,7 @@ def _push_tail(tail: Any, q: Tensor, q_pos: Tensor | None, call: Call, width: in
 
 
 def _decide(
-    call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor, lse: Tensor | None, observers: Any, keeper: Any
+    call: Any, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor, lse: Tensor | None, observers: Any, keeper: Any
 ) -> None:
     """Run the hooks and apply what they decide."""
     kv.pos = layer.pos
@@ -183,14 +186,13 @@ def _decide(
             (kv.k.shape[1] * kv.k.shape[3] * kv.k.element_size() + kv.v.shape[1] * kv.v.shape[3] * kv.v.element_size())
             * ctx.n_layers
         )
-    if layer.tail is not None:
-        ctx.tail, ctx.tail_pos = layer.tail
     for patch in observers:
         patch.observe(q, kv, ctx)
     if keeper is None:
         return
     decision = keeper.keep(q, kv, ctx)
-    if decision is not None:
-        layer.keep(decision, call.cache.turn)
-    if call.event == "prompt":
-        layer.tail = None
+    if decision is None:
+        return
+    if os.environ.get("ATTNPATCH_DEBUG"):  # waits for the device
+        decision.validate(kv.k.shape[0], kv.k.shape[1], kv.S)
+    layer.keep(decision, call.cache.turn)

@@ -30,6 +30,8 @@ class PatchLayer(DynamicLayer):
     """
 
     is_croppable = False  # a dropped entry cannot come back
+    keys: Any  # Tensor once initialised
+    values: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,16 +39,16 @@ class PatchLayer(DynamicLayer):
 
     def _clear(self) -> None:
         self.seen = 0  # logical length, padding included
-        self._pos: Tensor | None = None  # int32 [B, 1|Hkv, S'] of the first S' slots; None = slot number
+        self._pos: Any = None  # int32 [B, 1|Hkv, S'] of the first S' slots; None = slot number
         self._late = 0  # slots appended since, at positions next_pos, next_pos + 1 ...
-        self._next: Tensor | int = 0
+        self._next: Any = 0  # int, or [B, 1] when padded
         self.holes = False  # some slot may be empty
         self.complete = True  # nothing was evicted
         self.compressed_turn = -1
         self.tokens_since = 0  # tokens seen since the last eviction
         self.state: dict[str, Tensor] = {}  # [B] follows rows, [B, H', S] follows rows and slots
         self.plain: dict[str, Any] = {}
-        self.tail: tuple[Tensor, Tensor] | None = None
+        self.tail: tuple[Tensor, Tensor] | None = None  # earlier chunks' last queries and their positions
         self._spare: tuple[Tensor, Tensor] | None = None  # one free slot after a drop: the next append is in place
 
     # ---- transformers' contract ------------------------------------------------------------------------------
@@ -143,8 +145,7 @@ class PatchLayer(DynamicLayer):
         """Store k, v [B, Hkv, T, D]; q_pos [B, T] only when padded (-1 = padding). Returns the view to attend."""
         new, first = k.shape[2], self.held == 0
         padded = q_pos is not None
-        if padded:
-            q_pos = q_pos.to(k.device)
+        if q_pos is not None:
             heads = self._pos.shape[1] if self._pos is not None else 1
             late = q_pos[:, None].expand(-1, heads, -1).to(torch.int32)
             pad = (q_pos < 0)[:, None, :, None]
@@ -189,7 +190,7 @@ class PatchLayer(DynamicLayer):
         heads = self.keys.shape[1]
         if keep.drop is not None:
             self._overwrite(keep.drop)
-        else:
+        elif keep.index is not None:
             index = keep.index.expand(-1, heads, -1)  # [B, Hkv, M]
             pos = self.pos.expand(-1, heads, -1).gather(-1, index)
             if keep.count is not None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attnpatch.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def inspect_model(model: Any) -> tuple[nn.Module, tuple[LayerFact, ...]]:
+def inspect_model(model: Any) -> tuple[Any, tuple[LayerFact, ...]]:
     """(decoder, facts of each layer). Raises UnsupportedModelError naming what is missing."""
     from transformers import PreTrainedModel
 
@@ -37,7 +34,8 @@ def inspect_model(model: Any) -> tuple[nn.Module, tuple[LayerFact, ...]]:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; attnpatch patches decoder-only language models.")
-    if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
+    offloaded = any(hasattr(m, "_hf_hook") for m in model.modules())  # accelerate fills meta weights when they run
+    if any(p.is_meta for p in model.parameters()) and not offloaded:
         raise UnsupportedModelError(f"{name} is on the meta device and has no weights; load the weights first.")
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)

@@ -101,7 +101,7 @@ class Handle:
                 f"the attention implementation was set to {module.config._attn_implementation!r} behind the patch; "
                 "call unpatch_model(model) first, then set_attn_implementation, then patch_model again."
             )
-        kwargs = {**dict(zip_POSITIONAL, args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
         if module.training and torch.is_grad_enabled():
             raise UnsupportedModeError(
                 "a patched model is for inference: call model.eval(), or train un-patched (unpatch_model(model))."
@@ -116,8 +116,6 @@ class Handle:
         if cache is None and (use_cache if use_cache is not None else getattr(module.config, "use_cache", True)):
             cache = kwargs["past_key_values"] = PatchCache(self.plan)
         self.check_cache(cache)
-        if cache is None and self.plan.keeper is not None and use_cache is None:
-            raise UnsupportedModeError(f"{self.plan.keeper.name} needs the KV cache; call with use_cache=True.")
         if cache is not None:
             self.last_cache = ref(cache)
         kwargs["attnpatch"] = Call(self.plan, cache, inputs.shape[1])

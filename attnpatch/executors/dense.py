@@ -41,7 +41,6 @@ class _Call(NamedTuple):
     want_lse: bool
 
 
-@lru_cache(maxsize=64)
 def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
@@ -317,8 +316,19 @@ _RUN: dict[str, Callable[[torch.Tensor, Any, Any, bool], Result]] = {
 }
 
 
-@lru_cache(maxsize=256)
+_chosen: dict[tuple[_Call, str | None], tuple[str, str]] = {}
+
+
 def _decide(call: _Call, forced: str | None) -> tuple[str, str]:
+    """The choice, made once per kind of call. A plain dict: torch.compile warns of lru_cache."""
+    if torch.compiler.is_compiling():
+        return _first_fit(call, forced)
+    if (call, forced) not in _chosen:
+        _chosen[call, forced] = _first_fit(call, forced)
+    return _chosen[call, forced]
+
+
+def _first_fit(call: _Call, forced: str | None) -> tuple[str, str]:
     if forced:
         if forced not in _RUN:
             raise ConfigError(f"ATTNPATCH_BACKEND={forced!r} is not a backend; allowed: {', '.join(_RUN)}.")

@@ -22,7 +22,7 @@ KINDS = ("needle", "vt", "lines")
 GROUPS = ("text", "needle-first", "needle", "vt-first", "vt", "lines-first", "lines")
 FIRST_WEIGHT = 4.0
 TEXT_SHARE = 0.05
-_KEYS = {128: 4, 256: 8, 512: 16, 1024: 24, 2048: 32, 4096: 48, 8192: 64, 16384: 96, 32768: 96}
+_KEYS = {128: 4, 256: 8, 512: 16, 1024: 24, 2048: 32, 4096: 56, 8192: 96, 16384: 160, 32768: 224}
 _SHORTEST = {"needle": 0, "vt": 256, "lines": 512}  # shorter rows hold needles
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import random
 import shutil
 import time
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ STAGES = [
         (0.1, 0.005), (1e9, 1e9),
     ),
 ]  # fmt: skip
-MUON_RATE, ADAM_RATE, WARMUP_STEPS = 3e-3, 8e-3, 60
+WARMUP_STEPS = 60
 
 
 @dataclass
@@ -67,7 +66,7 @@ class Trainer:
         self.plain = Forward(self.model, compiled=False)
         matrices, others = split_parameters(self.model)
         self.muon = Muon(matrices)
-        self.adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(others, lr=args.adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.progress = Progress()
         self.started = time.monotonic()
         self.meters: dict[int, object] = {}
@@ -101,9 +100,9 @@ class Trainer:
         loss = (losses * answers).sum() / answers.sum() + 0.2 * (losses * text).sum() / text.sum()
         loss.backward()
         rate = self.rate()
-        self.muon.step(MUON_RATE * rate)
+        self.muon.step(self.args.muon_rate * rate)
         for group in self.adam.param_groups:
-            group["lr"] = ADAM_RATE * rate
+            group["lr"] = self.args.adam_rate * rate
         self.adam.step()
         self.model.zero_grad(set_to_none=True)
         with torch.no_grad():  # meters: [groups, (count, correct, loss)]
@@ -265,6 +264,8 @@ def _arguments(argv: list[str] | None):
     parser.add_argument("--tokens", type=int, default=131072, help="tokens a step")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--log-every", type=float, default=5.0, help="seconds")
+    parser.add_argument("--muon-rate", type=float, default=3e-3, help="peak rate of the weight matrices")
+    parser.add_argument("--adam-rate", type=float, default=8e-3, help="peak rate of embedding and norms")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="checkpoint to continue from")
     parser.add_argument("--stage", type=int, help="with --resume: continue in this stage")
@@ -295,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
         import torch
 
         start = torch.load(args.resume, map_location="cpu", weights_only=False)["progress"]["stage"]
-    feed = Feed(corpus, stages, args.tokens, args.workers, args.seed + random.randrange(10**6), start)
+    feed = Feed(corpus, stages, args.tokens, args.workers, args.seed + 104729 * start, start)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         quick_jobs, final_jobs, longeval = _evaluation(args, corpus, held_out, pool)
         trainer = Trainer(args, corpus, feed, stages, lambda: [(spec, job.get()) for spec, job in quick_jobs])

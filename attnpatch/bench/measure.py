@@ -1,0 +1,94 @@
+"""Timing of interleaved variants, and what a run's JSON says about where it ran."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnpatch.executors import dense
+
+
+class Clock:
+    """Time left for the whole script, and timing of one call on the device."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.end = device, time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def ms(self, call: Callable[[], Any]) -> float:
+        """Milliseconds of one call: CUDA events around it, wall clock elsewhere."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.wait()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Versions, commit (asked of git unless given) and device of a run."""
+    try:
+        commit = (
+            commit
+            or subprocess.run(
+                ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        )
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    versions: dict[str, Any] = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
+    for name in ("attnpatch", "torch", "transformers", "triton", "flash-attn-4"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    if device.type == "cuda":
+        versions["cudnn"] = torch.backends.cudnn.version()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    backends = [{"name": n, "usable": usable, "reason": why} for n, usable, why in dense.backends()]
+    return {"versions": versions, "commit": commit, "device": f"one {name}", "dense_backends": backends}
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, clock: Clock, warmup: int = 1
+) -> dict[str, dict[str, float]]:
+    """Run all in turn, forwards and backwards, `repeats` times; stops early (at least 1) when time runs out."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(-warmup, repeats):
+        if repeat > 0 and clock.left() < 0:
+            break
+        for name in list(runs)[:: -1 if repeat % 2 else 1]:
+            spent = clock.ms(runs[name])
+            if repeat >= 0:
+                times[name].append(spent)
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and the spread between the first and the last decile."""
+    cuts = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
+    return {"median_ms": statistics.median(values), "p10_ms": cuts[0], "p90_ms": cuts[8], "n": len(values)}
+
+
+def ratio(times: dict[str, dict[str, float]], a: str, b: str) -> float:
+    """Median of `a` over median of `b`."""
+    return round(times[a]["median_ms"] / times[b]["median_ms"], 5)

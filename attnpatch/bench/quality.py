@@ -1,0 +1,272 @@
+"""What eviction costs in answers: `python -m attnpatch.bench.quality --out FILE.json [--device cuda]`.
+
+Every method answers the same prompts of the embedded model's tasks by greedy `generate`; an answer counts only if all
+its tokens are right. Batches go through all methods in turn, so a run that stops early has equal counts for all.
+`--tiny` is a dry run on a random toy model; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnpatch import patched
+from attnpatch.bench.measure import environment
+from attnpatch.bench.shapes import SHAPES, random_model
+from attnpatch.errors import ConfigError
+from attnpatch.testbed import tasks
+
+METHODS = ("snapkv", "pyramidkv", "h2o", "streamingllm", "random")
+BUDGETS = (0.02, 0.05, 0.10, 0.25)
+WINDOWS = {"snapkv": 32, "pyramidkv": 8, "random": 32}  # the methods' own window_size
+SEED = 500_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of prompt and how many of it are wanted."""
+
+    kind: str
+    length: int
+    keys: int
+    samples: int
+    batch: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} {self.length} keys={self.keys}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One patch with its budget; name "dense" = un-patched."""
+
+    name: str
+    budget: float = 1.0
+
+    @property
+    def label(self) -> str:
+        return self.name if self.name == "dense" else f"{self.name} {self.budget:.0%}"
+
+    def options(self, length: int) -> dict[str, Any]:
+        """Hyperparameters for prompts of `length` tokens; the window takes at most half of the budget."""
+        values: dict[str, Any] = {"budget": self.budget}
+        if self.name in WINDOWS:
+            capacity = math.ceil(self.budget * length)
+            values["window_size"] = max(1, min(WINDOWS[self.name], capacity // 2))
+        return values
+
+
+class Cases:
+    """Prompts and answers of exactly equal prompt length, the same for every method."""
+
+    def __init__(self, books: list[str] | None = None, encoder: Any = None) -> None:
+        self.books, self.encoder = books, encoder  # None: the built-in filler, the packaged tokenizer
+
+    def batch(self, task: Task, first: int, count: int) -> tuple[torch.Tensor, list[list[int]]]:
+        """int64 [count, length] prompts and their answers, samples `first` and up."""
+        pairs = [self.pair(task, SEED + first + i) for i in range(count)]
+        return torch.tensor([prompt for prompt, _ in pairs]), [answer for _, answer in pairs]
+
+    def pair(self, task: Task, seed: int) -> tuple[list[int], list[int]]:
+        case = tasks.make(task.kind, task.length, keys=task.keys, seed=seed, text=self.books, tokenizer=self.encoder)
+        return case.prompt_ids, case.answer_ids
+
+
+class RandomCases(Cases):
+    """Random ids in place of the tasks, for a dry run without the tokenizer."""
+
+    def pair(self, task: Task, seed: int) -> tuple[list[int], list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, SHAPES["tiny"]["vocab_size"], (task.length + 3,), generator=generator).tolist()
+        return ids[: task.length], ids[task.length :]
+
+
+def answers(model: Any, prompts: torch.Tensor, tokens: int) -> list[list[int]]:
+    """Greedy continuations of `tokens` ids each."""
+    ids = prompts.to(model.device)
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens,
+        pad_token_id=model.config.pad_token_id,
+    )  # fmt: skip
+    return out[:, ids.shape[1] :].tolist()
+
+
+def correct(model: Any, method: Method, prompts: torch.Tensor, wanted: list[list[int]]) -> int:
+    """How many prompts the model answers exactly under `method`; halves the batch when memory runs out."""
+    tokens = max(map(len, wanted))
+    try:
+        if method.name == "dense":
+            got = answers(model, prompts, tokens)
+        else:
+            with patched(model, method.name, **method.options(prompts.shape[1])):
+                got = answers(model, prompts, tokens)
+    except torch.OutOfMemoryError:
+        got = None
+    if got is None:
+        if len(prompts) == 1:
+            raise ConfigError(f"one prompt of {prompts.shape[1]} tokens does not fit in memory under {method.label}.")
+        torch.cuda.empty_cache()
+        half = len(prompts) // 2
+        return sum(correct(model, method, prompts[s], wanted[s]) for s in (slice(half), slice(half, None)))
+    return sum(line[: len(answer)] == answer for line, answer in zip(got, wanted, strict=True))
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % Wilson interval of hits / n."""
+    if n == 0:
+        return 0.0, 1.0
+    p = hits / n
+    middle, scale = p + z * z / (2 * n), 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def plan(task_list: list[Task]) -> Iterator[tuple[Task, int, int]]:
+    """(task, first sample, count): the tasks advance in equal shares, so an early stop leaves some of each."""
+    rounds = []
+    for task in task_list:
+        for first in range(0, task.samples, task.batch):
+            rounds.append((first / task.samples, task, first, min(task.batch, task.samples - first)))
+    for _, task, first, count in sorted(rounds, key=lambda r: r[0]):
+        yield task, first, count
+
+
+class Run:
+    """Counts of one run, and the rows they make."""
+
+    def __init__(self, task_list: list[Task], methods: list[Method]) -> None:
+        self.tasks, self.methods = task_list, methods
+        self.n = dict.fromkeys(task_list, 0)
+        self.hits = {(t, m): 0 for t in task_list for m in methods}
+        self.seconds = dict.fromkeys(methods, 0.0)
+        self.stopped = ""
+
+    def go(self, model: Any, cases: Cases, end: float) -> None:
+        """Work through the plan until it is done or the next batch would pass `end`."""
+        slowest: dict[Task, float] = {}
+        for task, first, count in plan(self.tasks):
+            start = time.monotonic()
+            if start + slowest.get(task, 0.0) > end:
+                self.stopped = "time ran out; n says how many samples each row has"
+                continue
+            prompts, wanted = cases.batch(task, first, count)
+            got = []
+            for method in self.methods:
+                since = time.monotonic()
+                got.append(correct(model, method, prompts, wanted))
+                self.seconds[method] += time.monotonic() - since
+            for method, hits in zip(self.methods, got, strict=True):
+                self.hits[task, method] += hits
+            self.n[task] += count
+            slowest[task] = max(slowest.get(task, 0.0), time.monotonic() - start)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per task and method: counts, accuracy and its 95 % Wilson interval."""
+        rows = []
+        for task in self.tasks:
+            for method in self.methods:
+                hits, n = self.hits[task, method], self.n[task]
+                low, high = wilson(hits, n)
+                options = {} if method.name == "dense" else method.options(task.length)
+                rows.append(
+                    {"task": task.kind, "tokens": task.length, "keys": task.keys, "method": method.name, **options,
+                     "n": n, "correct": hits, "accuracy": round(hits / max(1, n), 4),
+                     "low": round(low, 4), "high": round(high, 4)}
+                )  # fmt: skip
+        return rows
+
+
+def task_list(args: argparse.Namespace) -> list[Task]:
+    """What is asked. 16k prompts get half the batch at four times the length."""
+    if args.tiny:
+        return [Task("needle", 256, 1, 2, 2), Task("lines", 256, 1, 2, 2), Task("needle", 384, 2, 2, 2)]
+    small, large = args.batch_4k, args.batch_16k
+    four = [("needle", 1), ("needle", 16), ("vt", 4), ("lines", 1)]
+    return [
+        *(Task(kind, 4096, keys, args.samples_4k, small) for kind, keys in four if args.samples_4k),
+        *(Task("needle", 16384, keys, args.samples_16k, large) for keys in (1, 16) if args.samples_16k),
+    ]
+
+
+def read_books(paths: list[Path]) -> list[str] | None:
+    """Texts of the given files and of the .txt files in the given folders; None without any path."""
+    files = [f for path in paths for f in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+    if paths and not files:
+        raise ConfigError(f"no .txt file in {', '.join(map(str, paths))}; name text files, or leave --books out.")
+    if missing := [f for f in files if not f.is_file()]:
+        raise ConfigError(f"{missing[0]} does not exist; name text files, or leave --books out.")
+    return [f.read_text(encoding="utf-8", errors="replace") for f in files] or None
+
+
+def load(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Cases, str]:
+    """(model, cases, what they are)."""
+    if args.tiny:
+        model = random_model("tiny", dtype=dtype, device=args.device)
+        return model, RandomCases(), "random toy model, random ids: a dry run"
+    from attnpatch import testbed
+
+    model = testbed.load()[0]
+    books = read_books(args.books)
+    text = f"{len(books)} text files" if books else "the built-in filler"
+    return model.to(device=args.device, dtype=dtype).eval(), Cases(books), f"testbed, haystack: {text}"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--samples-4k", type=int, default=200, help="samples of each 4k task")
+    parser.add_argument("--samples-16k", type=int, default=100, help="samples of each 16k task")
+    parser.add_argument("--batch-4k", type=int, default=64)
+    parser.add_argument("--batch-16k", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=200, help="no new batch is started past this time")
+    parser.add_argument("--books", type=Path, nargs="*", default=[], help="haystack: text files, or folders of .txt")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--tiny", action="store_true", help="dry run on a random toy model")
+    parser.add_argument("--commit", help="commit to record where git cannot tell")
+    args = parser.parse_args(argv)
+    if min(args.batch_4k, args.batch_16k) < 1:
+        parser.error("--batch-4k and --batch-16k must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Ask everything and write the JSON."""
+    started = time.monotonic()
+    args = parse(argv)
+    device = torch.device(args.device)
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    model, cases, what = load(args, getattr(torch, dtype))
+    methods = [Method("dense"), *(Method(name, budget) for name in METHODS for budget in BUDGETS)]
+    if args.tiny:
+        methods = [Method("dense"), *(Method(name, 0.10) for name in METHODS)]
+    run = Run(task_list(args), methods)
+    run.go(model, cases, started + args.seconds)
+    body = {
+        **environment(device, args.commit),
+        "what": f"exact greedy answers; {what}; samples from seed {SEED}",
+        "dtype": dtype,
+        "tiny": args.tiny,
+        "stopped_early": run.stopped,
+        "seconds": round(time.monotonic() - started, 2),
+        "seconds_by_method": {m.label: round(s, 2) for m, s in run.seconds.items()},
+        "rows": run.rows(),
+    }
+    args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    for row in body["rows"]:
+        name = row["method"] + (f" {row['budget']:.0%}" if "budget" in row else "")
+        task = f"{row['task']:7}{row['tokens']:6} keys={row['keys']:<3}"
+        print(f"{task} {name:18} {row['correct']}/{row['n']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The measuring scripts run through every line on a CPU and write JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from attnpatch.bench import engine, quality
+from attnpatch.bench.shapes import SHAPES, random_model, twin
+from attnpatch.errors import ConfigError
+
+
+def test_random_model_has_the_shape_it_was_asked_for():
+    model = random_model("tiny", layers=3, dtype=torch.float32, device="cpu")
+    assert len(model.model.layers) == 3 and not model.training
+    assert model.config.hidden_size == SHAPES["tiny"]["hidden_size"]
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_twin_shares_the_weights_but_not_the_config():
+    model = random_model("tiny", dtype=torch.float32, device="cpu")
+    other = twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert other.config is not model.config and other.model.config is not model.model.config
+
+
+@pytest.mark.parametrize("wrong", [{"shape": "llama-9b"}, {"shape": "tiny", "layers": 0}])
+def test_random_model_names_what_is_allowed(wrong):
+    with pytest.raises(ConfigError, match="tiny|at least 1"):
+        random_model(**wrong, device="cpu")
+
+
+def test_engine_quick_run(tmp_path):
+    out = tmp_path / "engine.json"
+    engine.main(["--quick", "--device", "cpu", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert {"P4", "P5", "P8", "P12", "versions", "commit", "device"} <= set(result)
+    assert result["P5"]["exact"] and result["P4"]["kv"]["within_bound"]
+    assert result["P4"]["kv"]["ledger_peak_bytes"] > result["P4"]["kv"]["after_prefill_bytes"]
+    assert {row["backend"] for row in result["P12"]["rows"]} == {"sdpa"}
+
+
+def test_engine_needs_a_gpu_for_the_full_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        engine.main(["--device", "cpu", "--out", str(tmp_path / "x.json")])
+    assert "--quick" in capsys.readouterr().err
+
+
+def test_quality_tiny_run(tmp_path):
+    out = tmp_path / "quality.json"
+    quality.main(["--tiny", "--device", "cpu", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert {row["method"] for row in result["rows"]} == {"dense", *quality.METHODS}
+    assert all(row["n"] == 2 and row["low"] <= row["accuracy"] <= row["high"] for row in result["rows"])
+    assert not result["stopped_early"]
+
+
+def test_quality_stops_in_time(tmp_path):
+    out = tmp_path / "quality.json"
+    quality.main(["--tiny", "--device", "cpu", "--seconds", "0", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["stopped_early"] and all(row["n"] == 0 for row in result["rows"])
+
+
+def test_right_answers_are_counted():
+    model = random_model("tiny", dtype=torch.float32, device="cpu")
+    prompts, _ = quality.RandomCases().batch(quality.Task("needle", 40, 1, 2, 2), 0, 2)
+    greedy = quality.answers(model, prompts, 3)
+    wrong = [(greedy[1][0] + 1) % 4096, *greedy[1][1:]]
+    assert quality.correct(model, quality.Method("dense"), prompts, [greedy[0], wrong]) == 1
+    assert quality.correct(model, quality.Method("snapkv", 1.0), prompts, greedy) == 2
+
+
+def test_plan_interleaves_the_tasks_and_covers_each_sample_once():
+    a, b = quality.Task("needle", 64, 1, 5, 2), quality.Task("lines", 64, 1, 2, 1)
+    steps = list(quality.plan([a, b]))
+    assert [t.kind for t, _, _ in steps[:2]] == ["needle", "lines"]
+    assert sorted(f + i for t, f, c in steps if t == a for i in range(c)) == [0, 1, 2, 3, 4]
+
+
+def test_missing_books_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        quality.read_books([tmp_path / "none.txt"])
+    with pytest.raises(ConfigError, match="no .txt"):
+        quality.read_books([tmp_path])

@@ -221,7 +221,7 @@ def cuda_call(**change):
 def test_choice_on_cuda(change, fa4, name, monkeypatch):
     monkeypatch.setattr(dense, "_fa4", lambda: object() if fa4 else None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    assert dense._decide.__wrapped__(cuda_call(**change), None)[0] == name
+    assert dense._first_fit(cuda_call(**change), None)[0] == name
 
 
 def test_forced_backend(monkeypatch):
@@ -240,7 +240,7 @@ def test_forced_backend(monkeypatch):
 def test_forcing_a_missing_package_is_a_version_error(monkeypatch):
     monkeypatch.setattr(dense, "_fa4", lambda: None)
     with pytest.raises(VersionError, match="pip install"):
-        dense._decide.__wrapped__(cuda_call(), "fa4")
+        dense._first_fit(cuda_call(), "fa4")
 
 
 def test_backends_lists_all_with_reasons():

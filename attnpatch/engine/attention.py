@@ -48,9 +48,10 @@ def attention(
             "the patched attention ran without its forward hook (a compiled graph older than the patch, or a module "
             "called on its own); run torch.compiler.reset() and call the model itself."
         )
-    _check_keywords(kwargs)
     call, scaling = attnpatch, query.shape[-1] ** -0.5 if scaling is None else scaling
-    call.read_mask(attention_mask)
+    if not call.ready:  # one look per forward: every layer gets the same
+        _check_keywords(kwargs)
+        call.read_mask(attention_mask)
     layer = call.cache.layers[module.layer_idx] if call.cache is not None else None
     if isinstance(layer, PatchLayer):
         return _patched(call, layer, module.layer_idx, query, key, value, scaling, softcap), None
@@ -110,8 +111,16 @@ def _patched(
 ) -> Tensor:
     """align, append, attend, observe, keep, un-align: the order of work inside one attention call."""
     plan, cache, event = call.plan, call.cache, call.event
-    cache.batch = q.shape[0]
     ordinal = plan.ordinal.get(index)
+    idle = ordinal is None or not plan.acts_on_steps
+    if event == "step" and idle and softcap is None and call.plain and not layer.holes:  # nothing to decide: be quick
+        layer.store(k, v)
+        out = dense.single(q, layer.keys, layer.values, scaling)
+        if out is not None:
+            return out
+        ctx = _ctx(call, 0, 1, None, scaling, softcap)
+        return dense.run(q, KV(layer.keys, layer.values, None), _DENSE, ctx)[0]
+    cache.batch = q.shape[0]
     q_pos: Any = call.q_pos(q.shape[0], q.device) if call.padding is not None else None
     order = call.order(q.device)
     if order is not None:

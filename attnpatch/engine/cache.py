@@ -154,20 +154,21 @@ class PatchLayer(DynamicLayer):
             self._next = q_pos.amax(-1, keepdim=True).clamp(min=-1) + 1 if first else None
             if self._next is None:
                 self._next = self._pos.amax(-1)[:, :1] + 1
-        self._store(k, v)
-        self.seen += new
-        self.tokens_since += new
-        if not padded:
-            self._late += new if self._pos is not None else 0
-            self._next = self._next + new
+        self.store(k, v, positioned=padded)
         # the pads of a first chunk lie behind causality: plain causal is right for it
         holes = self.holes or (padded and not first)
         view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.plain, clean=True)  # type: ignore[arg-type]
         self.holes |= padded
         return view
 
-    def _store(self, k: Tensor, v: Tensor) -> None:
-        held, new = self.held, k.shape[2]
+    def store(self, k: Tensor, v: Tensor, positioned: bool = False) -> None:
+        """Add k, v [B, Hkv, T, D] behind what is held; they follow on unless their positions are already noted."""
+        held, new = self.keys.shape[2], k.shape[2]
+        self.seen += new
+        self.tokens_since += new
+        if not positioned:
+            self._late += new if self._pos is not None else 0
+            self._next = self._next + new
         if self._spare is not None and new == 1:
             buffer_k, buffer_v = self._spare  # [B, Hkv, held + 1, D]
             buffer_k[:, :, held:] = k

@@ -46,6 +46,11 @@ class Plan:
         return any(p.needs_lse for p in self.observers)
 
     @cached_property
+    def acts_on_steps(self) -> bool:
+        """Whether any hook runs during decoding."""
+        return bool(self.observers) or (self.keeper is not None and "step" in self.keeper.evict_at)
+
+    @cached_property
     def query_tail(self) -> int:
         return self.keeper.query_tail if self.keeper else 0
 
@@ -126,10 +131,15 @@ class Call:
         self.after = self.before + length
         self.padding: Tensor | None = None  # bool [B, after]
         self.custom: Tensor | None = None  # bool [B, 1, T, S]
-        self._read = False
+        self.ready = False
         self._order: Tensor | None = None
         self._masks: dict[Any, Tensor] = {}
         self.event = cache.begin(length, self.before) if cache is not None else "prompt"
+
+    @property
+    def plain(self) -> bool:
+        """Neither padding nor a 4-D mask."""
+        return self.padding is None and self.custom is None
 
     @property
     def phase(self) -> str:
@@ -137,9 +147,7 @@ class Call:
 
     def read_mask(self, mask: Tensor | None) -> None:
         """Take the padding (2-D) or a ready 4-D mask from the mask function; the first layer's does for all."""
-        if self._read:
-            return
-        self._read = True
+        self.ready = True
         if mask is None:
             return
         if mask.ndim == 4:

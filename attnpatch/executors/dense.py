@@ -360,6 +360,18 @@ def backends() -> list[tuple[str, bool, str]]:
     return [(name, (why := why_not(call)) is None, why or "usable") for name, why_not in _WHY_NOT.items()]
 
 
+def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor | None:
+    """The hot path of decoding: q [B, Hq, 1, D] over all of k, v [B, Hkv, S, D] -> [B, 1, Hq, D].
+
+    What `run` computes by its "flash" and "sdpa" backends, with nothing around it; None where a backend is forced.
+    """
+    if "ATTNPATCH_BACKEND" in os.environ:
+        return None
+    batch, heads, _, dim = q.shape
+    rows = q.view(batch, k.shape[1], -1, dim) if q.is_contiguous() else _pack(q, k.shape[1])  # [B, Hkv, G, D]
+    return F.scaled_dot_product_attention(rows, k, v, scale=scaling).view(batch, 1, heads, -1)
+
+
 def run(
     q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False, _backend: str | None = None
 ) -> Result:

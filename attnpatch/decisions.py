@@ -60,7 +60,9 @@ class KeepSet:
         last = pos.amax(dim=-1, keepdim=True)  # newest position of the row
         recent = torch.as_tensor(tail if isinstance(tail, int) else list(tail), device=pos.device)
         pinned = valid & ((pos > last - recent.reshape(-1, 1, 1)) | (pos < head))
-        rank = scores.float().masked_fill(pinned, float("inf")).masked_fill(~valid, float("-inf"))
+        # finite, so that no real slot ties with an empty one
+        rank = scores.float().clamp(min=torch.finfo(torch.float32).min)
+        rank = rank.masked_fill(pinned, float("inf")).masked_fill(~valid, float("-inf"))
         width = min(max(capacity), scores.shape[-1])
         # stable descending sort of the reversed row: equal scores come out latest slot first
         order = rank.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :width]

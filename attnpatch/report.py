@@ -99,7 +99,7 @@ def _backend(model: Any) -> tuple[str, str]:
     attention = model.get_decoder().layers[0].self_attn
     dim = getattr(attention, "head_dim", 64)
     q = torch.empty(1, attention.num_key_value_groups, 2, dim, dtype=weight.dtype, device=weight.device)
-    kv = KV(q[:, :1], q[:, :1], None)  # type: ignore[arg-type]
+    kv = KV(q[:, :1], q[:, :1], None)
     softcap = getattr(attention, "attn_logit_softcapping", None)
     ctx = Ctx(0, 1, "prefill", "prompt", None, (2,), 1.0, softcap)  # type: ignore[arg-type]
     return dense.choose(q, kv, ctx)

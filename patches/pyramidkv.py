@@ -13,19 +13,23 @@ if TYPE_CHECKING:
     from attnpatch.engine.call import Ctx
 
 
-def pyramid(base: int, n_layers: int, room: int, beta: float, rounding: str = "exact") -> list[int]:
+def pyramid(
+    base: int, n_layers: int, room: int, beta: float, rounding: str = "exact", window: int = 0
+) -> list[int]:  # fmt: skip
     """Selected entries k_l of each layer (window excluded), non-increasing, from `base` on average.
 
-    room: N - W, the most a layer can select. "exact" sums to base * n_layers; "reference" reproduces the
+    room: N - W, the most a layer can select; window: W. "exact" sums to base * n_layers; "reference" reproduces the
     reference's floored integer step, whose sum is larger. PyramidKV spec steps 2-5.
     """
     if n_layers == 1:
         return [min(base, room)]
     if rounding == "reference":
-        if room < 2 * base:  # the reference's gate: uniform
+        if room + window < 2 * base:  # the reference's gate N < 2 base: uniform
             return [base] * n_layers
         low = int(base // beta)
         high = 2 * base - low
+        if high >= room:
+            high, low = room, 2 * base - room
         step = (high - low) // (n_layers - 1)
         return [high - layer * step for layer in range(n_layers)]
     top = base / beta
@@ -63,6 +67,6 @@ class PyramidKV(SnapKV):
             if n <= mean:
                 rows.append(n)
                 continue
-            k = pyramid(mean - self.window_size, ctx.n_layers, room, self.beta, self.rounding)
+            k = pyramid(mean - self.window_size, ctx.n_layers, room, self.beta, self.rounding, self.window_size)
             rows.append(k[ctx.layer] + self.window_size)
         return tuple(rows)

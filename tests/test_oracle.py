@@ -34,7 +34,8 @@ def config(request):
 
 
 def test_every_evicting_patch_is_covered():
-    assert set(attnpatch.list_patches()) == set(PATCHES)
+    shipped = {n for n, cls in attnpatch.list_patches().items() if cls.__module__.startswith("attnpatch.patches.")}
+    assert shipped == set(PATCHES)
 
 
 @pytest.mark.parametrize("patch", PATCHES)

@@ -103,7 +103,7 @@ def p4(sizes: Sizes, clock: Clock, model: Any) -> dict[str, Any]:
 
 def kv_peak(model: Any, ids: torch.Tensor, budget: int) -> dict[str, Any]:
     """KV bytes held during a prefill, from the cache's own ledger and, on CUDA, from the allocator."""
-    cache = PatchCache(model)
+    cache: Any = PatchCache(model)
     ledger: list[int] = []
     allocated: list[int] = []
     cuda = ids.device.type == "cuda"

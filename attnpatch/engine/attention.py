@@ -80,7 +80,7 @@ def _stock(
     offset = call.after - slots  # position of the first returned key, in fed order
     if window is not None and slots <= window and call.length == 1:
         window = None  # the layer holds no more than its window: one query sees all of it
-    kv = KV(k, v, None)  # type: ignore[arg-type]
+    kv = KV(k, v, None)
     q_pos = None
     if call.padding is not None or window is not None:
         # the window counts fed tokens, as transformers does

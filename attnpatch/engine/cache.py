@@ -143,8 +143,7 @@ class PatchLayer(DynamicLayer):
 
     def append(self, k: Tensor, v: Tensor, q_pos: Tensor | None) -> KV:
         """Store k, v [B, Hkv, T, D]; q_pos [B, T] only when padded (-1 = padding). Returns the view to attend."""
-        new, first = k.shape[2], self.held == 0
-        padded = q_pos is not None
+        first, padded = self.held == 0, q_pos is not None
         if q_pos is not None:
             heads = self._pos.shape[1] if self._pos is not None else 1
             late = q_pos[:, None].expand(-1, heads, -1).to(torch.int32)
@@ -157,7 +156,7 @@ class PatchLayer(DynamicLayer):
         self.store(k, v, positioned=padded)
         # the pads of a first chunk lie behind causality: plain causal is right for it
         holes = self.holes or (padded and not first)
-        view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.plain, clean=True)  # type: ignore[arg-type]
+        view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.plain, clean=True)
         self.holes |= padded
         return view
 

@@ -66,7 +66,7 @@ class KV:
 
     k: Tensor
     v: Tensor
-    pos: Tensor
+    pos: Any  # Tensor wherever a hook or a mask reads it
     holes: bool = False
     complete: bool = True
     state: dict[str, Tensor] = field(default_factory=dict)  # [B] rows, or [B, H', S] tokens: follows every change

@@ -23,8 +23,8 @@ _LINE = ("\nline", "{key}", ": REGISTER_CONTENT is <", "{value}", ">")
 _RECORD = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
     "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its corresponding "
-    "<REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding <REGISTER_CONTENT> of a "
-    "certain line index. Now the record start:"
+    "<REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding <REGISTER_CONTENT> of "
+    "a certain line index. Now the record start:"
 )
 _ASK_LINE = ("Tell me what is the <REGISTER_CONTENT> in line", "{key}", "? I need the number.")
 _ASK_FIRST_LINE = ("Now the record is over. " + _ASK_LINE[0], *_ASK_LINE[1:])
@@ -90,6 +90,7 @@ class Haystack:
         ids: uint16 ``[tokens]``.
         words: bool ``[tokens + 1]``: a word starts here and the token before does not end in white space.
         sentences: int ``[n]``: positions where a sentence starts.
+        fill_word: id of a word that fills a gap.
     """
 
     def __init__(self, ids, encoder: Encoder) -> None:
@@ -103,6 +104,7 @@ class Haystack:
         stops[1:] = encoder.stops[self.ids]
         stops[0] = True
         self.words, self.sentences = words, np.flatnonzero(words & stops)
+        self.fill_word = encoder(" and")[-1]
 
     @classmethod
     def from_text(cls, text: str, encoder: Encoder) -> Haystack:
@@ -121,10 +123,20 @@ class Haystack:
             if self.words[start] and start + tokens <= len(self.ids) and self.words[start + tokens]:
                 break
         else:
-            raise ValueError(f"no {tokens} tokens of the text end at a word: pass a text with spaces between words")
+            return self._padded(tokens)
+        return self.ids[start : start + tokens].tolist(), self._places(start, tokens)
+
+    def _places(self, start: int, tokens: int) -> list[int]:
         low, high = self.sentences.searchsorted((start, start + tokens + 1)).tolist()
-        places = (self.sentences[low:high] - start).tolist()
-        return self.ids[start : start + tokens].tolist(), places or [0]
+        return (self.sentences[low:high] - start).tolist() or [0]
+
+    def _padded(self, tokens: int) -> tuple[list[int], list[int]]:
+        """The text's first words, up to ``tokens`` ids with at most 32 fill words (texts that repeat need this)."""
+        for count in range(tokens - 1, max(-1, tokens - 33), -1):
+            if self.words[count]:
+                ids = self.ids[:count].tolist() + [self.fill_word] * (tokens - count)
+                return ids, self._places(0, count)
+        raise ValueError(f"no {tokens} tokens of the text end at a word: pass a text with spaces between words")
 
 
 @dataclass
@@ -215,7 +227,7 @@ def _chains(keys: int, questions: int, hops: int, rng: random.Random, encoder: E
 
 
 def _weave(groups, hay: Haystack, tokens: int, rng: random.Random, depth: float | None):
-    """Put the facts into ``tokens`` tokens of haystack, each group in its order; return the ids and each fact's span."""
+    """Put the facts into ``tokens`` tokens of haystack, each group in its order: the ids and each fact's span."""
     import bisect
 
     ids, places = hay.cut(tokens, rng)
@@ -278,7 +290,7 @@ def _fill_lines(tokens: int, used: dict, rng: random.Random, encoder: Encoder, w
     return lines
 
 
-def _draft_record(length: int, questions: int, rng: random.Random, encoder: Encoder, words: Words, whole: bool) -> Draft:
+def _draft_record(length: int, questions: int, rng: random.Random, encoder: Encoder, words: Words, whole: bool):
     """A record of lines that fills ``length`` tokens exactly, its asked lines at random places."""
     used = dict.fromkeys(_keys(questions, rng, words))
     asked, turns = [], []
@@ -293,7 +305,7 @@ def _draft_record(length: int, questions: int, rng: random.Random, encoder: Enco
     fixed = _markup(turns, whole) + len(head) + len(gap) + sum(map(len, asked))
     others = _fill_lines(length - fixed, used, rng, encoder, words) if length >= fixed + 60 else None
     if others is None:
-        raise ValueError(f"length={length} is too small for lines: at least {fixed + 60} tokens are needed")
+        raise ValueError(f"length={length} is too small for lines: at least {fixed + 60} tokens needed")
     count = len(asked) + len(others)
     places = dict(zip(rng.sample(range(count), len(asked)), range(len(asked)), strict=True))
     rest = iter(others)
@@ -334,7 +346,7 @@ def draft(
     gap = encoder("\n") * 2
     fixed = _markup(turns, whole) + len(gap) + sum(len(fact) for group in groups for fact in group)
     if fixed > length:
-        raise ValueError(f"length={length} is too small for {kind} with keys={keys}: at least {fixed} tokens are needed")
+        raise ValueError(f"length={length} is too small for {kind} with keys={keys}: at least {fixed} tokens needed")
     context, spans = _weave(groups, hay, length - fixed, rng, depth)
     for turn in turns:
         turn.spans = [spans[number] for number in turn.facts]

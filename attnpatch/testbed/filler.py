@@ -29,8 +29,9 @@ NOUNS = tuple(
     captain castle chain chair chamber child church circle city cloth cloud coach coast coat coffee colour column corner
     cottage country court cousin cow cross crowd crown daughter desert desk devil dinner doctor dog door dream dress
     duke dust eagle ear earth edge egg empire engine entry evening eye face father feather field fire fish flag flame
-    flower forest friend fruit garden gate ghost gift girl glass glove gold grass guard guest gun hall hammer hand harbour
-    hat head heart hill history horse hotel hour house hunter husband island jewel journey judge king kitchen knee knife
+    flower forest friend fruit garden gate ghost gift girl glass glove gold grass guard guest gun hall hammer hand
+    harbour hat head heart hill history horse hotel hour house hunter husband island jewel journey judge king kitchen
+    knee knife
     lady lake lamp land leaf leather letter library lion lord machine maid map market master meadow mile milk mirror
     moment money monster month moon morning mother mountain mouth music nail needle neighbour night nose ocean office
     officer orchard owner page palace paper parent park path pearl picture pillow pipe pocket poet priest prince prison
@@ -39,30 +40,64 @@ NOUNS = tuple(
     summer sun sword table teacher temple throne tiger tower town train tree valley village voice wagon wall water
     wheel wind window wine winter witness wolf woman world""".split()
 )
-_PEOPLE = """the baker|the old ferryman|our clerk|a miller|the gardener's niece|Mr. Harlow|Mrs. Penn|the surveyor|a tailor
-the watchman|Anna|Thomas|a young painter|the postman|her uncle|his aunt|the mayor|Dr. Finch|the cooper|a traveller
-the harbour master|the weaver|two brothers|the apprentice|an archivist|the schoolmistress|a shepherd|the choir
-the innkeeper|the printer""".replace("\n", "|").split("|")
-_VERBS = """carried|mended|painted|counted|forgot|borrowed|admired|polished|described|measured|sold|found|hid|lost|sketched
-weighed|returned|examined|moved|watched|wrapped|covered|repaired|named|ordered|copied|guarded|cleaned|collected
-dropped""".replace("\n", "|").split("|")
-_THINGS = """a crate of pears|the copper kettle|three ledgers|a torn sail|the church clock|some woollen blankets|a bundle of reeds
-the narrow ladder|a jar of honey|the last lantern|an oak barrel|the brass scales|a pair of boots|the ferry tickets
-a cart of turf|the spare oars|a letter from the coast|the violin|a basket of eggs|the garden fence|several maps
-a sack of barley|the chimney|the registry|an umbrella|the wet ropes|a plate of bread|the painted sign|a stack of slates
-the mill wheel|a loaf of rye|the telescope|a broken plough|the blue curtains""".replace("\n", "|").split("|")
-_PLACES = """near the quay|behind the mill|in the lower meadow|by the west gate|at the end of the lane|under the bridge
-beside the chapel|on the long pier|across the square|in the attic|above the bakery|outside the inn|along the canal
-at the edge of the wood|in the cellar|upon the hill|between the two barns|inside the station|close to the well
-past the toll house|beneath the stairs|in front of the school""".replace("\n", "|").split("|")
-_TIMES = """before noon|late in the evening|on market day|during the thaw|after the second bell|every spring|one windy night
-at low tide|in the first week of May|while it rained|shortly before supper|on the way home|that same winter
-without a word|as the fog lifted|when nobody was looking|for the third time|in great haste""".replace("\n", "|").split("|")
-_CLAUSES = """nobody seemed to mind|the weather did not improve|it was a poor year for apples|the road stayed closed
-the dogs slept through it all|there was little else to do|the bells had already stopped|it took longer than expected
-the price had gone up again|no one asked for the reason|the river was still rising|the lamps were not yet lit
-the neighbours spoke of it for weeks|such things were common there|the paint never quite dried
-the children thought it very funny|the smoke hung low over the roofs|it hardly mattered by then""".replace("\n", "|").split("|")
+_PEOPLE = (
+    """the baker|the old ferryman|our clerk|a miller|the gardener's niece|Mr. Harlow|Mrs. Penn|the surveyor
+a tailor|the watchman|Anna|Thomas|a young painter|the postman|her uncle|his aunt|the mayor|Dr. Finch
+the cooper|a traveller|the harbour master|the weaver|two brothers|the apprentice|an archivist
+the schoolmistress|a shepherd|the choir|the innkeeper|the printer
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
+_VERBS = (
+    """carried|mended|painted|counted|forgot|borrowed|admired|polished|described|measured|sold|found|hid|lost
+sketched|weighed|returned|examined|moved|watched|wrapped|covered|repaired|named|ordered|copied|guarded
+cleaned|collected|dropped
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
+_THINGS = (
+    """a crate of pears|the copper kettle|three ledgers|a torn sail|the church clock|some woollen blankets
+a bundle of reeds|the narrow ladder|a jar of honey|the last lantern|an oak barrel|the brass scales
+a pair of boots|the ferry tickets|a cart of turf|the spare oars|a letter from the coast|the violin
+a basket of eggs|the garden fence|several maps|a sack of barley|the chimney|the registry|an umbrella
+the wet ropes|a plate of bread|the painted sign|a stack of slates|the mill wheel|a loaf of rye
+the telescope|a broken plough|the blue curtains
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
+_PLACES = (
+    """near the quay|behind the mill|in the lower meadow|by the west gate|at the end of the lane
+under the bridge|beside the chapel|on the long pier|across the square|in the attic|above the bakery
+outside the inn|along the canal|at the edge of the wood|in the cellar|upon the hill
+between the two barns|inside the station|close to the well|past the toll house|beneath the stairs
+in front of the school
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
+_TIMES = (
+    """before noon|late in the evening|on market day|during the thaw|after the second bell|every spring
+one windy night|at low tide|in the first week of May|while it rained|shortly before supper
+on the way home|that same winter|without a word|as the fog lifted|when nobody was looking
+for the third time|in great haste
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
+_CLAUSES = (
+    """nobody seemed to mind|the weather did not improve|it was a poor year for apples|the road stayed closed
+the dogs slept through it all|there was little else to do|the bells had already stopped
+it took longer than expected|the price had gone up again|no one asked for the reason
+the river was still rising|the lamps were not yet lit|the neighbours spoke of it for weeks
+such things were common there|the paint never quite dried|the children thought it very funny
+the smoke hung low over the roofs|it hardly mattered by then
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
 _TEMPLATES = (
     "{p} {v} {t} {l}.",
     "{m}, {p} {v} {t}.",

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 
-def new_model(vocabulary: int = 4096, hidden: int = 256, layers: int = 8, heads: int = 8, kv_heads: int = 4, mlp: int = 768):
+def new_model(
+    vocabulary: int = 4096, hidden: int = 256, layers: int = 8, heads: int = 8, kv_heads: int = 4, mlp: int = 768
+):
     """A Llama with random weights: head size 64, tied embeddings, rope theta 500000, 65536 positions."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

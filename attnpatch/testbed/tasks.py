@@ -99,12 +99,17 @@ def _default_encoder() -> Encoder:
     return Encoder(Tokenizer.from_file(str(file)))
 
 
+@lru_cache(maxsize=4)
+def _cached_encoder(tokenizer) -> Encoder:
+    return Encoder(tokenizer)
+
+
 def _encoder(tokenizer) -> Encoder:
     if tokenizer is None:
         return _default_encoder()
     if isinstance(tokenizer, Encoder):
         return tokenizer
-    return Encoder(getattr(tokenizer, "backend_tokenizer", tokenizer))
+    return _cached_encoder(getattr(tokenizer, "backend_tokenizer", tokenizer))
 
 
 def _haystack(text, length: int, rng: random.Random, encoder: Encoder) -> Haystack:
@@ -118,12 +123,15 @@ def _haystack(text, length: int, rng: random.Random, encoder: Encoder) -> Haysta
         text = rng.choice(list(text) or [""])
     if len(text.split()) < 2:
         raise ValueError("text holds fewer than two words: pass a longer text, or None for the built-in filler")
-    start = text.find(" ", rng.randrange(len(text)))
-    start = 0 if start < 0 else start
-    window = text[start : start + characters]
-    while len(window) < characters:
-        window += "\n\n" + text[: characters - len(window)].strip()
-    return Haystack.from_text(" " + window.strip(), encoder)
+    start = max(0, text.find(" ", rng.randrange(len(text))))
+    while True:
+        window = text[start : start + characters]
+        while len(window) < characters:
+            window += "\n\n" + text[: characters - len(window)].strip()
+        hay = Haystack.from_text(" " + window.strip(), encoder)
+        if len(hay.ids) >= length:
+            return hay
+        characters *= 2
 
 
 def _check(kind: str, length: int, keys: int, hops: int, depth: float | None) -> None:

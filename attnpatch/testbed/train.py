@@ -2,11 +2,11 @@
 
 First prepare the text with ``python -m attnpatch.testbed.corpus``, then
 
-    python -m attnpatch.testbed.train --corpus DIR --out DIR --seconds 900
+    python -m attnpatch.testbed.train --corpus DIR --out DIR --seconds 600
 
 The curriculum is driven by time: a stage ends once its needle accuracy is reached, or after its longest time; what is
 left goes to the last stage.  The rate falls to a tenth before rows get longer than 4096 tokens: at a higher rate the
-match of keys is lost there.  Reached on one H200 in about 15 minutes; on a CPU only ``--tiny`` dry runs are practical.
+match of keys is lost there.  It takes about ten minutes on one H200; on a CPU only ``--tiny`` dry runs are practical.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Progress:
 class Trainer:
     """Model, optimisers and the loop over stages."""
 
-    def __init__(self, args, corpus: Corpus, feed: Feed, stages: list[Stage], quick) -> None:
+    def __init__(self, args, corpus: Corpus, feed: Feed, stages: list[Stage], quick, model=None, forward=None) -> None:
+        """Train the testbed model, or ``model`` with its ``forward``."""
         import torch
 
         from .model import Forward, Muon, new_model, split_parameters
@@ -60,10 +61,12 @@ class Trainer:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         torch.manual_seed(args.seed)
-        sizes = {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "mlp": 128} if args.tiny else {}
-        self.model = new_model(**sizes).to(self.device)
-        self.forward = Forward(self.model, compiled=self.device == "cuda")
-        self.plain = Forward(self.model, compiled=False)
+        if model is None:
+            sizes = {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "mlp": 128} if args.tiny else {}
+            model = new_model(**sizes)
+        self.model = model.to(self.device)
+        self.plain = forward or Forward(self.model, compiled=False)
+        self.forward = forward or Forward(self.model, compiled=self.device == "cuda")
         matrices, others = split_parameters(self.model)
         self.muon = Muon(matrices)
         self.adam = torch.optim.AdamW(others, lr=args.adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -260,7 +263,7 @@ def _arguments(argv: list[str] | None):
     parser.add_argument("--out", type=Path, required=True, help="checkpoints")
     parser.add_argument("--export", type=Path, help="folder for the trained model (default: OUT/weights)")
     parser.add_argument("--longeval", type=Path, help="folder with LongEval's lines_*.jsonl.gz, as a check")
-    parser.add_argument("--seconds", type=float, default=900, help="training time, without the final evaluation")
+    parser.add_argument("--seconds", type=float, default=600, help="training time, without the final evaluation")
     parser.add_argument("--tokens", type=int, default=131072, help="tokens a step")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--log-every", type=float, default=5.0, help="seconds")

@@ -40,7 +40,7 @@ class Budget:
                 raise ConfigError(f"budget {spec!r} is not a budget; give {_ALLOWED}.") from None
         if isinstance(spec, int):
             return cls._checked("tokens", spec, spec)
-        if spec > 1 and spec == int(spec):
+        if math.isfinite(spec) and spec > 1 and spec == int(spec):
             return cls._checked("tokens", int(spec), spec)
         return cls._checked("ratio", spec, spec)
 
@@ -65,6 +65,10 @@ class Budget:
         return int(self.value)
 
     def __str__(self) -> str:
-        if self.kind == "bytes":
-            return f"{self.value / 2**20:g}MiB"
-        return f"{self.value:g}" if self.kind == "ratio" else str(int(self.value))
+        """Text that `parse` reads back to the same budget."""
+        if self.kind == "ratio":
+            return repr(float(self.value))
+        if self.kind == "tokens":
+            return str(int(self.value))
+        whole = self.value == int(self.value) and int(self.value) % 2**20 == 0
+        return f"{int(self.value) // 2**20}MiB" if whole else f"{int(self.value)}B"

@@ -45,12 +45,13 @@ class KeepSet:
     @classmethod
     def top(
         cls, scores: torch.Tensor, capacity: Sequence[int], pos: torch.Tensor,
-        tail: int | Sequence[int] = 0, head: int = 0,
+        tail: int | Sequence[int] = 0, head: int = 0, ragged: bool = True,
     ) -> KeepSet:  # fmt: skip
         """The best `capacity[b]` slots of each row, always with its first `head` and last `tail` tokens.
 
         scores: fp32 [B, H', S]; pos: int [B, 1|H', S] true positions, -1 = empty slot (never kept).
         tail may differ by row. Ties go to the later slot. Rows with fewer tokens are filled up and counted.
+        ragged=False: no slot is empty and all rows are alike, so the host need not wait for the device.
         """
         import torch
 
@@ -58,15 +59,22 @@ class KeepSet:
         pos = pos.expand(-1, heads, -1)  # [B, H', S]
         valid = pos >= 0
         last = pos.amax(dim=-1, keepdim=True)  # newest position of the row
-        recent = torch.as_tensor(tail if isinstance(tail, int) else list(tail), device=pos.device)
-        pinned = valid & ((pos > last - recent.reshape(-1, 1, 1)) | (pos < head))
+        alike = isinstance(tail, int) or len(set(tail)) == 1
+        if alike:
+            oldest = last - (tail if isinstance(tail, int) else tail[0])
+        else:
+            oldest = last - torch.as_tensor(tail, device=pos.device)[:, None, None]
+        pinned = valid & ((pos > oldest) | (pos < head))
         # finite, so that no real slot ties with an empty one
         rank = scores.float().clamp(min=torch.finfo(torch.float32).min)
         rank = rank.masked_fill(pinned, float("inf")).masked_fill(~valid, float("-inf"))
         width = min(max(capacity), scores.shape[-1])
-        # stable descending sort of the reversed row: equal scores come out latest slot first
-        order = rank.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :width]
-        index = scores.shape[-1] - 1 - order  # [B, H', width], best first
+        # score and slot in one integer that orders as the pair does, so that ties go to the later slot
+        bits = rank.view(torch.int32)
+        key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | torch.arange(scores.shape[-1], device=pos.device)
+        index = key.topk(width, dim=-1).values & 0xFFFFFFFF  # [B, H', width], best first
+        if not ragged:
+            return cls(index=index.sort(dim=-1).values)
         room = torch.as_tensor(list(capacity), device=scores.device)[:, None].clamp(max=width)  # [B, 1]
         count = torch.minimum(valid.sum(-1), room)  # [B, H']
         meant = torch.arange(width, device=scores.device) < count[..., None]

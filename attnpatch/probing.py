@@ -47,6 +47,7 @@ def probe(
         known.get("layer", 0), known.get("n_layers", 1), "prefill", known.get("event", "prompt"), q_pos, tuple(lengths),
         k.shape[-1] ** -0.5 if scaling is None else scaling, known.get("softcap"),
     )  # fmt: skip
+    ctx.ragged = padding is not None
     ctx.bytes_per_token = float((k[0, :, 0].numel() + v[0, :, 0].numel()) * k.element_size() * ctx.n_layers)
     if method.query_tail:
         last = q_pos.argsort(dim=-1, stable=True)[:, -method.query_tail :]

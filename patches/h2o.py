@@ -81,4 +81,4 @@ class H2O(EvictPatch):
         kv.state["recent"] = torch.tensor(recent_of, device=kv.k.device)
         if kv.S <= min(capacity):
             return None
-        return KeepSet.top(self.scores(kv), capacity, kv.pos, tail=recent_of)
+        return KeepSet.top(self.scores(kv), capacity, kv.pos, tail=recent_of, ragged=ctx.ragged)

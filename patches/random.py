@@ -33,4 +33,4 @@ class Random(EvictPatch):
             return None
         pos = kv.pos.expand(-1, kv.k.shape[1], -1)
         tail = [min(self.window_size, c) for c in capacity]
-        return KeepSet.top(ctx.noise(pos, self.seed), capacity, kv.pos, tail=tail)
+        return KeepSet.top(ctx.noise(pos, self.seed), capacity, kv.pos, tail=tail, ragged=ctx.ragged)

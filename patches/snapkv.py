@@ -28,7 +28,9 @@ def window_votes(kv: KV, ctx: Ctx, kernel_size: int, pooling: str, gqa: str) -> 
 
     if ctx.tail is None or ctx.tail_pos is None:
         raise ConfigError("window scoring needs the last prompt queries; pass tail=[B, Hq, w, D].")
-    votes = column_sums.run(ctx.tail, kv, q_pos=ctx.tail_pos, scaling=ctx.scaling, softcap=ctx.softcap)  # [B, Hq, S]
+    votes = column_sums.run(
+        ctx.tail, kv, q_pos=ctx.tail_pos, scaling=ctx.scaling, softcap=ctx.softcap, newest=not ctx.ragged
+    )  # [B, Hq, S]
     last = kv.pos.amax(-1, keepdim=True)
     window = (kv.pos > last - ctx.tail.shape[2]) & (kv.pos >= 0)  # [B, 1|Hkv, S]
     group = votes.shape[1] // kv.k.shape[1]
@@ -87,4 +89,4 @@ class SnapKV(EvictPatch):
         if kv.S <= min(capacity):
             return None  # short prompt: dense
         votes = window_votes(kv, ctx, self.kernel_size, self.pooling, self.gqa)
-        return KeepSet.top(votes, capacity, kv.pos, tail=self.window_size)
+        return KeepSet.top(votes, capacity, kv.pos, tail=self.window_size, ragged=ctx.ragged)

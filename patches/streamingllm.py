@@ -64,4 +64,4 @@ class StreamingLLM(EvictPatch):
         remember_limit(kv, capacity)
         if kv.S <= min(capacity):
             return None
-        return KeepSet.top(kv.pos.float(), capacity, kv.pos, head=self.sink, tail=1)
+        return KeepSet.top(kv.pos.float(), capacity, kv.pos, head=self.sink, tail=1, ragged=ctx.ragged)

@@ -187,7 +187,7 @@ def _decide(
 ) -> None:
     """Run the hooks and apply what they decide."""
     kv.pos = layer.pos
-    ctx.lse = lse
+    ctx.lse, ctx.ragged = lse, layer.holes
     ctx.q_pos = ctx.q_pos if ctx.q_pos is not None else call.q_pos(q.shape[0], q.device)
     if call.event != "step":
         ctx.prompt_len = call.prompt_len

@@ -50,12 +50,14 @@ def run(
     scaling: float,
     softcap: float | None = None,
     lse: torch.Tensor | None = None,
+    newest: bool = False,
 ) -> torch.Tensor:
     """Sum over the query rows of the softmax probability of each slot, over all visible slots: fp32 [B, Hq, S].
 
     queries: [B, Hq, w, D]; q_pos: int [B, w], true positions, rows with -1 contribute nothing.
     kv: see `attnpatch.executors`; a slot is visible where 0 <= pos <= q_pos; empty slots get 0 whatever they hold.
     lse: fp [B, Hq, w] natural log-sum-exp of the scaled soft-capped logits over the same slots; saves one pass.
+    newest: the rows are the newest w tokens in order and no slot is empty, so only the last w slots need a mask.
     Without holes, w == S means the rows are the slots themselves (whole-prompt scoring): later columns are skipped.
     """
     batch, heads, rows, dim = queries.shape
@@ -72,6 +74,12 @@ def run(
         logits = matmul(block, keys[..., :width]).view(batch, kv_heads, group, stop - start, width).mul_(scaling)
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
+        if newest and lse is None and not triangular:
+            late = logits[..., max(0, slots - rows) :]
+            hidden = kv.pos[:, :, None, None, max(0, slots - rows) :] > q_pos[:, None, None, start:stop, None]
+            late.masked_fill_(hidden, float("-inf"))
+            total += torch.softmax(logits, dim=-1).sum(dim=3)
+            continue
         pos, row = kv.pos[:, :, None, None, :width], q_pos[:, None, None, start:stop, None]
         # also replaces the NaN logits of empty slots and padding rows
         logits.masked_fill_((pos < 0) | (pos > row), float("-inf"))

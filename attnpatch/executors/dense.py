@@ -116,6 +116,8 @@ def _not_flash(c: _Call) -> str | None:
 
 
 def _not_sdpa(c: _Call) -> str | None:
+    if c.device == "cuda" and c.single and (c.holes or c.mask):
+        return "a masked single query is planned anew by cuDNN at every length; two small products are quicker"
     return "no soft-capping or log-sum-exp" if c.softcap or c.want_lse else None
 
 
@@ -213,23 +215,13 @@ def _run_cudnn(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
 
 
 def _run_flash(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
-    rows, slots = q.shape[2], kv.k.shape[2]
-    single = rows == 1  # then all keys are visible and the heads can be packed as rows
+    single = q.shape[2] == 1  # then all keys are visible and the heads can be packed as rows
     query = _pack(q, kv.k.shape[1]) if single else q
-    if want_lse:  # this op's causality is bottom-right aligned, and it takes fewer kv heads
-        op = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse, *_ = op(query, kv.k, kv.v, 0.0, not single, scale=ctx.scaling)
-        return _place(None, out, q, 0), lse.reshape(q.shape[:3])
-    if single:
-        out = F.scaled_dot_product_attention(query, kv.k, kv.v, scale=ctx.scaling)
-    elif rows == slots:
-        out = F.scaled_dot_product_attention(query, kv.k, kv.v, is_causal=True, scale=ctx.scaling, enable_gqa=True)
-    else:
-        from torch.nn.attention.bias import causal_lower_right
-
-        bias = causal_lower_right(rows, slots)
-        out = F.scaled_dot_product_attention(query, kv.k, kv.v, attn_mask=bias, scale=ctx.scaling, enable_gqa=True)
-    return _place(None, out, q, 0), None
+    # the op itself: SDPA would prefer cuDNN, which plans anew for every length (tens of ms a decode step).
+    # Its causality is bottom-right aligned, and it takes fewer kv heads.
+    op = torch.ops.aten._scaled_dot_product_flash_attention
+    out, lse, *_ = op(query, kv.k, kv.v, 0.0, not single, scale=ctx.scaling)
+    return _place(None, out, q, 0), lse.reshape(q.shape[:3]) if want_lse else None
 
 
 def _run_sdpa(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
@@ -369,6 +361,11 @@ def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) ->
         return None
     batch, heads, _, dim = q.shape
     rows = q.view(batch, k.shape[1], -1, dim) if q.is_contiguous() else _pack(q, k.shape[1])  # [B, Hkv, G, D]
+    if q.device.type == "cuda":  # as in _run_flash
+        if q.dtype not in (torch.float16, torch.bfloat16) or dim % 8 or dim > 256 or _capability(q.device) < 8:
+            return None
+        out = torch.ops.aten._scaled_dot_product_flash_attention(rows, k, v, 0.0, False, scale=scaling)[0]
+        return out.reshape(batch, 1, heads, -1)
     return F.scaled_dot_product_attention(rows, k, v, scale=scaling).view(batch, 1, heads, -1)
 
 

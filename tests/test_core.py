@@ -45,10 +45,10 @@ def test_budget_forms(spec, kind, value):
     "spec",
     [
         1024, 0.25, 0.3333, "512MiB", "1GiB",
-        pytest.param(1.0, marks=pytest.mark.xfail(strict=True, reason="budget.py writes ratio 1.0 as '1' = 1 token")),
-        pytest.param("1GB", marks=pytest.mark.xfail(strict=True, reason="budget.py rounds bytes to 6 digits of MiB")),
-        pytest.param("7b", marks=pytest.mark.xfail(strict=True, reason="budget.py writes '6.67572e-06MiB'")),
-        pytest.param(1 / 3, marks=pytest.mark.xfail(strict=True, reason="budget.py rounds ratios to 6 digits")),
+        1.0,
+        "1GB",
+        "7b",
+        1 / 3,
     ],
 )  # fmt: skip
 def test_budget_text_reads_back(spec):
@@ -60,7 +60,7 @@ def test_budget_text_reads_back(spec):
     "spec",
     [0, -1, 0.0, -0.5, 1.5, "0", "1.5", "-3", "", "many", "nan", "inf", "0MiB", "-1MiB", "1TiB", "1 000", True, None,
      float("nan"), [3], b"3",
-     pytest.param(float("inf"), marks=pytest.mark.xfail(strict=True, reason="budget.py: int(inf) overflows"))],
+     float("inf")],
 )  # fmt: skip
 def test_budget_refuses(spec):
     with pytest.raises(ConfigError, match="tokens \\(1024\\)"):

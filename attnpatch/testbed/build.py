@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from itertools import chain
 
 from .filler import ADJECTIVES, NOUNS
@@ -226,7 +227,7 @@ def _chains(keys: int, questions: int, hops: int, rng: random.Random, encoder: E
     return groups, turns
 
 
-def _weave(groups, hay: Haystack, tokens: int, rng: random.Random, depth: float | None):
+def _weave(groups, hay: Any, tokens: int, rng: random.Random, depth: float | None):
     """Put the facts into ``tokens`` tokens of haystack, each group in its order: the ids and each fact's span."""
     import bisect
 
@@ -311,10 +312,10 @@ def _draft_record(length: int, questions: int, rng: random.Random, encoder: Enco
     rest = iter(others)
     context = list(head)
     for place in range(count):
-        number = places.get(place)
-        ids = next(rest) if number is None else asked[number]
-        if number is not None:
-            turns[number].spans = [(len(context), len(context) + len(ids))]
+        which = places.get(place)
+        ids = next(rest) if which is None else asked[which]
+        if which is not None:
+            turns[which].spans = [(len(context), len(context) + len(ids))]
         context += ids
     return Draft(context + gap, turns, count)
 

@@ -11,6 +11,7 @@ import multiprocessing
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +96,9 @@ def row(corpus: Corpus, stage: Stage, length: int, rng: random.Random):
                 arguments["keys"] = arguments["questions"] = arguments["keys"] - 1
     ids = draft.all_ids(encoder)
     group = 1 + 2 * KINDS.index(arguments["kind"])
-    positions, weights, groups = [], [], []
+    positions: list[Any] = []
+    weights: list[Any] = []
+    groups: list[Any] = []
     at = 2 + len(draft.context)
     for turn in draft.turns:
         at += len(turn.question) + 2  # now at the answer's first token
@@ -113,7 +116,10 @@ def batch(corpus: Corpus, stage: Stage, tokens: int, rng: random.Random):
     """(length, ids ``[rows, length]``, positions ``[n]`` in the flattened ids, weights ``[n]``, groups ``[n]``)."""
     length = rng.choices([item[0] for item in stage.lengths], [item[1] for item in stage.lengths])[0]
     count = max(1, tokens // length)
-    all_ids, positions, weights, groups = [], [], [], []
+    all_ids: list[Any] = []
+    positions: list[Any] = []
+    weights: list[Any] = []
+    groups: list[Any] = []
     for number in range(count):
         ids, at, weight, group = row(corpus, stage, length, rng)
         all_ids.append(ids)

@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .data import Corpus, Feed, Stage
 from .score import make_set, report
@@ -23,7 +24,7 @@ STAGES = [
     Stage("1024", ((1024, 0.7), (256, 0.3)), (1, 0, 0), 0.3, 0.2, (0.5, 0.01), (1e9, 1e9)),
 ]
 SETS = tuple(("needle", length, keys, 500, "books") for length in (256, 512, 1024) for keys in (1, 4))
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 128,
     "intermediate_size": 320,

@@ -18,6 +18,7 @@ import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from .data import GROUPS, Corpus, Feed, Stage
 from .score import FINAL, QUICK, count_correct, longeval_set, make_set, report
@@ -110,7 +111,7 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         with torch.no_grad():  # meters: [groups, (count, correct, loss)]
             values = torch.stack((torch.ones_like(losses), (logits.argmax(-1) == targets).float(), losses), dim=1)
-            meter = self.meters.setdefault(length, torch.zeros(len(GROUPS), 3, device=self.device))
+            meter: Any = self.meters.setdefault(length, torch.zeros(len(GROUPS), 3, device=self.device))
             meter.index_add_(0, groups, values)
         self.progress.step += 1
         return length
@@ -121,7 +122,7 @@ class Trainer:
         parts = []
         reached = False
         for length, meter in sorted(self.meters.items()):
-            table = meter.tolist()
+            table = meter.tolist()  # type: ignore[attr-defined]
             for name in ("needle-first", "vt-first", "vt", "lines-first"):
                 count, correct, loss = table[GROUPS.index(name)]
                 if count:
@@ -251,7 +252,7 @@ def _cap(stages: list[Stage], cap: int, scale: float) -> list[Stage]:
         replace(
             stage,
             lengths=tuple((min(length, cap), share) for length, share in stage.lengths),
-            seconds=tuple(seconds if seconds > 1e8 else seconds * scale for seconds in stage.seconds),
+            seconds=tuple(s if s > 1e8 else s * scale for s in stage.seconds),  # type: ignore[arg-type]
         )
         for stage in stages
     ]

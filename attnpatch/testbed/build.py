@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from itertools import chain
+from typing import Any
 
 from .filler import ADJECTIVES, NOUNS
 

@@ -12,6 +12,9 @@ import typer
 from attnpatch.cli import _common as c
 
 
+WIDE_POOLING = 13  # SnapKV's published setting for Command-R
+
+
 def demo(
     length: Annotated[int, typer.Option("--length", min=256, help="Tokens of the prompt.")] = 16384,
     budget: Annotated[str, typer.Option("--budget", help="KV entries kept: tokens, ratio or bytes.")] = "0.04",
@@ -22,7 +25,9 @@ def demo(
     """Find a needle in 16k tokens with the embedded model, dense and with a method, side by side."""
     from attnpatch.recipe import Recipe
 
-    patches = Recipe(patch, {"budget": budget}).build()
+    # a five-digit needle and its key span more tokens than the recipe's pooling of 7 keeps together
+    wide = {"kernel_size": WIDE_POOLING} if patch in ("snapkv", "pyramidkv") else {}
+    patches = Recipe(patch, {"budget": budget, **wide}).build()
     model, tokenizer = c.load_testbed()
     from attnpatch.testbed import tasks
 
@@ -44,6 +49,7 @@ def demo(
         return c.print_json({"length": ids.shape[1], "expected": answer, "runs": runs})
     from attnpatch.cli.compare import print_table
 
+    typer.echo(f"{patch}: " + ", ".join(f"{k}={v}" for k, v in patches[0].hyperparameters().items()))
     print_table(results, [("expected", [answer] * 2), ("verdict", verdicts)])
     return None
 

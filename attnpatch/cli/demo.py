@@ -11,7 +11,6 @@ import typer
 
 from attnpatch.cli import _common as c
 
-
 WIDE_POOLING = 13  # SnapKV's published setting for Command-R
 
 

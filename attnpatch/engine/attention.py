@@ -129,6 +129,7 @@ def _patched(
     kv = layer.append(k, v, q_pos)
     if kv.holes:
         kv.pos = layer.pos
+        q_pos = call.q_pos(q.shape[0], q.device) if q_pos is None else q_pos
     keeper = plan.keeper if ordinal is not None and _may_evict(plan.keeper, layer, event, cache.turn) else None
     observers = plan.observers if ordinal is not None else ()
     custom = _custom_mask(call, layer, order, q, keeper)

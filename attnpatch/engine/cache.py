@@ -67,7 +67,9 @@ class PatchLayer(DynamicLayer):
         return self.held + query_length, self.seen - self.held
 
     def reset(self) -> None:
-        super().reset()
+        # dropped here, since older releases only zero what they hold
+        self.keys = self.values = None
+        self.is_initialized = False
         self._clear()
 
     def activate_past_recording(self) -> None:

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import attnpatch
+from attnpatch.engine.compat import cache_name, output_cache  # noqa: F401  (tests take both from here)
 
+CACHE = cache_name()  # the keyword of this transformers release
 COMMON = dict(
     vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.25,
@@ -93,7 +95,7 @@ class Oracle:
         try:
             with torch.no_grad():
                 out = self.model(
-                    input_ids=ids, attention_mask=mask_2d, position_ids=position_ids, past_key_values=self.cache,
+                    input_ids=ids, attention_mask=mask_2d, position_ids=position_ids, **{CACHE: self.cache},
                 )  # fmt: skip
         finally:
             for h in hooks:
@@ -121,7 +123,7 @@ def run_both(name, patch, feeds, masks=None, dtype=torch.float32, prompt_ends=No
         with torch.no_grad():
             got = model(
                 input_ids=ids, attention_mask=mask if masks is not None else None,
-                position_ids=pos[:, -ids.shape[1]:].clamp(min=0), past_key_values=cache,
+                position_ids=pos[:, -ids.shape[1]:].clamp(min=0), **{CACHE: cache},
             ).logits  # fmt: skip
         real = mask[:, -ids.shape[1] :].bool()
         worst = max(worst, (got - expected)[real].abs().max().item())

@@ -90,6 +90,7 @@ import os, sys, torch
 sys.path.insert(0, {tests!r})
 from transformers import AutoModelForCausalLM
 import attnpatch
+from attnpatch.engine.compat import cache_name
 torch.distributed.init_process_group("gloo")
 ids = torch.randint(2, 97, (1, 40), generator=torch.Generator().manual_seed(3))
 whole = AutoModelForCausalLM.from_pretrained({path!r}).eval()
@@ -98,7 +99,7 @@ out = []
 for model in (whole, split):
     with attnpatch.patched(model, "snapkv", budget=12, window_size=4, kernel_size=3):
         cache = attnpatch.PatchCache(model)
-        out.append(model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache))
+        out.append(model.generate(ids, max_new_tokens=6, do_sample=False, **{{cache_name(): cache}}))
 heads = cache.layers[0].keys.shape[1]
 if torch.distributed.get_rank() == 0:
     print("EQUAL", torch.equal(out[0], out[1]), "HEADS", heads)

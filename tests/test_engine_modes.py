@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import warnings
 
 import pytest
 import torch
-from oracle import CONFIGS, FULL, tiny
+from oracle import CACHE, CONFIGS, FULL, output_cache, tiny
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig
 
 import attnpatch
@@ -102,7 +103,7 @@ def test_budget_holds_across_chunks(model, patch):
         ids = prompt()
         for chunk in ids.split(10, dim=1):
             with torch.no_grad():
-                model(chunk, past_key_values=cache)
+                model(chunk, **{CACHE: cache})
             assert all(layer.held <= 14 for layer in cache.layers)
         assert cache.get_seq_length() == 40
 
@@ -112,10 +113,10 @@ def test_second_turn_and_recompress(model):
     for recompress in (False, True):
         with attnpatch.patched(model, "snapkv", recompress=recompress, **SNAP):
             cache = attnpatch.PatchCache(model)
-            first = greedy(model, ids, past_key_values=cache)
+            first = greedy(model, ids, **{CACHE: cache})
             assert cache.get_seq_length() == 45 and cache.layers[0].held == 17
             second = torch.cat([first, prompt(1, 9, seed=5)], dim=1)
-            greedy(model, second, past_key_values=cache)
+            greedy(model, second, **{CACHE: cache})
             held = 12 + NEW - 1 if recompress else 17 + 10 + NEW - 1
             assert cache.get_seq_length() == 55 + NEW - 1 and cache.layers[0].held == held
 
@@ -131,10 +132,10 @@ def test_beams_equal_each_history_alone(model):
             for row in range(4):
                 sequence, total, cache = out.sequences[row : row + 1], 0.0, attnpatch.PatchCache(model)
                 with torch.no_grad():
-                    logits = model(sequence[:, :33], past_key_values=cache).logits[:, -1]
+                    logits = model(sequence[:, :33], **{CACHE: cache}).logits[:, -1]
                     for step in range(NEW):
                         total += logits.log_softmax(-1)[0, sequence[0, 33 + step]].item()
-                        logits = model(sequence[:, 33 + step : 34 + step], past_key_values=cache).logits[:, -1]
+                        logits = model(sequence[:, 33 + step : 34 + step], **{CACHE: cache}).logits[:, -1]
                 assert total / NEW == pytest.approx(out.sequences_scores[row].item(), abs=1e-3)
 
 
@@ -157,10 +158,10 @@ def test_bare_forward_makes_and_returns_a_patch_cache(model):
     with attnpatch.patched(model, "snapkv", **SNAP), torch.no_grad():
         expected = greedy(model, ids)[0, 40:].tolist()
         out = model(ids)
-        assert isinstance(out.past_key_values, attnpatch.PatchCache)
+        assert isinstance(output_cache(out), attnpatch.PatchCache)
         got = [out.logits[0, -1].argmax().item()]
         for _ in range(NEW - 1):
-            out = model(torch.tensor([[got[-1]]]), past_key_values=out.past_key_values)
+            out = model(torch.tensor([[got[-1]]]), **{CACHE: output_cache(out)})
             got.append(out.logits[0, -1].argmax().item())
     assert got == expected
 
@@ -173,8 +174,8 @@ def test_right_padding_in_a_bare_forward(model):
         both = model(ids, attention_mask=mask)
         single = model(ids[1:, :n])
         torch.testing.assert_close(both.logits[1, :n], single.logits[0], atol=1e-4, rtol=1e-5)
-        held = both.past_key_values.layers[0].pos[1].sort(-1).values
-        assert torch.equal(held, single.past_key_values.layers[0].pos[0].sort(-1).values)
+        held = output_cache(both).layers[0].pos[1].sort(-1).values
+        assert torch.equal(held, output_cache(single).layers[0].pos[0].sort(-1).values)
 
 
 def test_bf16(model):
@@ -221,18 +222,18 @@ def test_save_and_to(model, tmp_path):
 def test_reset_equals_a_fresh_cache(model):
     with attnpatch.patched(model, "h2o", budget=12):
         cache = attnpatch.PatchCache(model)
-        greedy(model, prompt(1, 50, seed=9), past_key_values=cache)
+        greedy(model, prompt(1, 50, seed=9), **{CACHE: cache})
         cache.reset()
-        assert torch.equal(greedy(model, prompt(), past_key_values=cache), greedy(model, prompt()))
+        assert torch.equal(greedy(model, prompt(), **{CACHE: cache}), greedy(model, prompt()))
 
 
 def test_crop_as_far_as_the_last_eviction(model):
     with attnpatch.patched(model, "snapkv", **SNAP), torch.no_grad():
         cache = attnpatch.PatchCache(model)
-        model(prompt(), past_key_values=cache)
+        model(prompt(), **{CACHE: cache})
         extra = prompt(1, 5, seed=4)
         for t in range(5):
-            model(extra[:, t : t + 1], past_key_values=cache)
+            model(extra[:, t : t + 1], **{CACHE: cache})
         before = [layer.keys[:, :, :14].clone() for layer in cache.layers]
         cache.crop(-3)
         assert cache.get_seq_length() == 42
@@ -244,8 +245,8 @@ def test_crop_as_far_as_the_last_eviction(model):
 def test_sliding_layers_are_left_alone():
     stock, model, ids = tiny("gemma3"), tiny("gemma3"), prompt()
     with attnpatch.patched(model, "snapkv", **SNAP), torch.no_grad():
-        ours = model(ids).past_key_values
-        theirs = stock(ids).past_key_values
+        ours = output_cache(model(ids))
+        theirs = output_cache(stock(ids))
     for mine, other in zip(ours.layers[:3], theirs.layers[:3], strict=True):
         assert type(mine) is type(other)
         torch.testing.assert_close(mine.keys, other.keys, atol=1e-4, rtol=1e-4)
@@ -282,12 +283,24 @@ def test_unpatch_leaves_nothing(name):
         ({"cache_implementation": "paged"}, "cache_implementation='paged'"),
         ({"use_cache": False}, "use_cache=False"),
         ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "prompt_lookup_num_tokens"),
-        ({"past_key_values": DynamicCache()}, "DynamicCache"),
+        ({CACHE: DynamicCache()}, "DynamicCache"),
     ],
 )
 def test_refused_generation_modes(model, kwargs, words):
     with attnpatch.patched(model, "snapkv", **SNAP), pytest.raises(UnsupportedModeError, match=words):
         greedy(model, prompt(), **kwargs)
+
+
+def test_cache_goes_by_either_name(model):
+    """transformers 5.24 renamed past_key_values to cache; scripts written for either run."""
+    with attnpatch.patched(model, "snapkv", **SNAP), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers' own notice about the old name
+        expected = greedy(model, prompt())
+        cache = attnpatch.PatchCache(model)
+        assert torch.equal(greedy(model, prompt(), past_key_values=cache), expected)
+        assert cache.layers[0].seen == prompt().shape[1] + NEW - 1
+        logits = model(prompt(), past_key_values=attnpatch.PatchCache(model)).logits
+        assert torch.equal(logits, model(prompt(), **{CACHE: attnpatch.PatchCache(model)}).logits)
 
 
 def test_refuses_assistant_and_batching(model):
@@ -305,7 +318,7 @@ def test_refuses_second_patch_foreign_cache_copy_and_hidden_change(model):
     with pytest.raises(PatchStateError, match="already patched with snapkv"):
         attnpatch.patch_model(model, "h2o")
     with pytest.raises(UnsupportedModeError, match="DynamicCache"):
-        model(prompt(), past_key_values=DynamicCache(config=model.config))
+        model(prompt(), **{CACHE: DynamicCache(config=model.config)})
     with pytest.raises(PatchStateError, match="unpatch_model"):
         copy.deepcopy(model)
     with pytest.raises(PatchStateError, match="unpatch_model"):
@@ -317,7 +330,7 @@ def test_refuses_second_patch_foreign_cache_copy_and_hidden_change(model):
     attnpatch.unpatch_model(model)
     attnpatch.patch_model(model, "snapkv", **SNAP)
     with pytest.raises(PatchStateError, match="another patch"):
-        model(prompt(), past_key_values=old)
+        model(prompt(), **{CACHE: old})
     attnpatch.unpatch_model(model)
     with pytest.raises(PatchStateError, match="not patched"):
         attnpatch.unpatch_model(model)
@@ -385,7 +398,7 @@ def test_layers_argument(model):
     with attnpatch.patched(model, "snapkv", layers=[1, -1], **SNAP):
         out = model(prompt())
         report = attnpatch.status(model)
-    assert out.past_key_values.layers[0].held == 40
+    assert output_cache(out).layers[0].held == 40
     assert [layer.covered for layer in report.layers] == [False, True, False, True]
     assert [layer.held for layer in report.layers] == [40, 12, 40, 12]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from attnpatch.patches.h2o import H2O
 from attnpatch.patches.pyramidkv import pyramid
-from oracle import Oracle, positions, run_both, tiny
+from oracle import CACHE, Oracle, positions, run_both, tiny
 
 import attnpatch
 from attnpatch.decisions import KeepSet
@@ -105,7 +105,7 @@ def feed(model, *chunks, cache=None, expect=None):
         cache.expect(expect)
     with torch.no_grad():
         for ids in chunks:
-            logits = model(ids, past_key_values=cache).logits
+            logits = model(ids, **{CACHE: cache}).logits
     return logits, cache
 
 
@@ -262,7 +262,7 @@ def test_snapkv_9_decode_positions_are_true_counts():
         oracle = Oracle(stock)
         oracle.forward(chunks[0], torch.ones(1, 40).long())
         expected = oracle.forward(chunks[1], torch.ones(1, 41).long(), positions(cache))
-        wrong = model(chunks[1], position_ids=torch.tensor([[16]]), past_key_values=cache).logits
+        wrong = model(chunks[1], position_ids=torch.tensor([[16]]), **{CACHE: cache}).logits
     assert (wrong - expected).abs().max() > 0.05
 
 
@@ -279,10 +279,10 @@ def test_snapkv_10_left_padded_batch_equals_two_runs():
     mask[1, :11] = 0
     with attnpatch.patched(tiny("llama"), "snapkv", budget=14, window_size=4) as model:
         both = attnpatch.PatchCache(model)
-        out = model.generate(ids * mask, attention_mask=mask, max_new_tokens=6, do_sample=False, past_key_values=both)
+        out = model.generate(ids * mask, attention_mask=mask, max_new_tokens=6, do_sample=False, **{CACHE: both})
         for row, start in ((0, 0), (1, 11)):
             one = attnpatch.PatchCache(model)
-            single = model.generate(ids[row : row + 1, start:], max_new_tokens=6, do_sample=False, past_key_values=one)
+            single = model.generate(ids[row : row + 1, start:], max_new_tokens=6, do_sample=False, **{CACHE: one})
             assert torch.equal(out[row, 40:], single[0, 40 - start :])
             assert held(both, row) == held(one)
 
@@ -501,7 +501,7 @@ def test_streaming_8_sinks_are_the_first_real_tokens():
     mask[1, :13] = 0
     with attnpatch.patched(tiny("llama"), "streamingllm", budget=16) as model:
         both = attnpatch.PatchCache(model)
-        out = model.generate(ids * mask, attention_mask=mask, max_new_tokens=9, do_sample=False, past_key_values=both)
+        out = model.generate(ids * mask, attention_mask=mask, max_new_tokens=9, do_sample=False, **{CACHE: both})
         single = model.generate(ids[1:, 13:], max_new_tokens=9, do_sample=False)
     assert torch.equal(out[1, 40:], single[0, 27:])
     for row, seen in ((0, 48), (1, 35)):

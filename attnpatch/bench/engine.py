@@ -25,6 +25,7 @@ from attnpatch.bench.measure import Clock, environment, interleave, ratio
 from attnpatch.bench.shapes import random_model, twin
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
+from attnpatch.engine.compat import cache_name, output_cache
 from attnpatch.executors import dense
 
 
@@ -63,7 +64,7 @@ def prompt(model: Any, length: int) -> torch.Tensor:
 
 def prefill(model: Any, ids: torch.Tensor, cache: Any = None) -> Any:
     """One forward of the whole prompt; the cache it filled."""
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    return output_cache(model(input_ids=ids, **{cache_name(): cache}, use_cache=True, logits_to_keep=1))
 
 
 def token_bytes(model: Any) -> int:
@@ -177,7 +178,7 @@ class Steps:
     def __call__(self) -> None:
         self.seen += 1
         mask = None if self.mask is None else self.mask[:, : self.seen]
-        self.model(input_ids=self.token, attention_mask=mask, past_key_values=self.cache, use_cache=True)
+        self.model(input_ids=self.token, attention_mask=mask, **{cache_name(): self.cache}, use_cache=True)
 
 
 def p8(sizes: Sizes, clock: Clock, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -239,6 +239,7 @@ def generate_once(
     import torch
 
     from attnpatch.api import patched
+    from attnpatch.engine.compat import output_cache
 
     ids = ids.to(model.get_input_embeddings().weight.device)
     torch.manual_seed(seed)
@@ -258,7 +259,7 @@ def generate_once(
             report = status(model)
             held, dense = report.bytes_held, report.bytes_dense
         else:
-            held = dense = cache_bytes(out.past_key_values)
+            held = dense = cache_bytes(output_cache(out))
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
     names = "+".join(p.name for p in patches) if patches else DENSE
     return Result(text, ids.shape[1], len(new_ids), seconds, held, dense, names, settings_of(patches), new_ids)

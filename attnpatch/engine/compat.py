@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib import metadata
+from inspect import signature
+from typing import Any
 
 from attnpatch.errors import VersionError
 
 NAME = "attnpatch"  # must contain neither "flash", "sdpa", "paged" nor a slash: transformers matches substrings
 OLDEST, BELOW = (5, 14), (6, 0)
+CACHE_NAMES = ("cache", "past_key_values")  # what transformers calls the cache, since 5.24 and before
 _users = 0
 
 
@@ -21,6 +25,25 @@ def check_versions() -> None:
             f"transformers {text} is outside the tested range >=5.14,<6; "
             "run: python -m pip install 'transformers>=5.14,<6'."
         )
+
+
+def cache_name(function: Callable | None = None) -> str:
+    """What `function` (default: generate) calls its cache argument."""
+    from transformers import GenerationMixin
+
+    names = signature(function or GenerationMixin.prepare_inputs_for_generation).parameters
+    return next(n for n in CACHE_NAMES if n in names)
+
+
+def take_cache(kwargs: dict[str, Any]) -> Any:
+    """Remove the cache from call keywords, under either name; None where there is none."""
+    found = [kwargs.pop(n) for n in CACHE_NAMES if n in kwargs]
+    return next((c for c in found if c is not None), None)
+
+
+def output_cache(output: Any) -> Any:
+    """The cache of a model's or generate's output."""
+    return next(output[n] for n in CACHE_NAMES if n in output)
 
 
 def acquire() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 from weakref import ref
 
@@ -13,7 +14,6 @@ from attnpatch.engine.call import Call, Plan
 from attnpatch.errors import InputError, PatchStateError, UnsupportedModeError
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 _COPY = "a patched model cannot be copied or pickled; call unpatch_model(model), copy it, then patch both."
 
 
@@ -30,9 +30,11 @@ class _Wrapped:
                 f"{self.name} (continuous batching, paged attention) replaces the attention and would drop the patch; "
                 "use model.generate, or unpatch_model(model) first."
             )
-        kwargs = self.handle.prepare_generate(args, kwargs)
+        cache, kwargs = self.handle.prepare_generate(args, kwargs)
+        # the cache goes in as an argument: generate would build its own otherwise
+        kwargs[compat.cache_name()] = cache
         result = self.original(*args, **kwargs)
-        self.handle.summary = [summarise(layer) for layer in kwargs["past_key_values"].layers]
+        self.handle.summary = [summarise(layer) for layer in cache.layers]
         return result
 
     def __deepcopy__(self, memo: dict) -> Any:
@@ -50,6 +52,8 @@ class Handle:
         self.last_cache: Any = lambda: None  # weak reference to the newest cache, for status
         self.summary: list[LayerSummary] | None = None  # its figures after generate, when the cache is gone
         self.previous = decoder.config._attn_implementation
+        self.positional = tuple(signature(type(decoder).forward).parameters)[1:]
+        self.cache_name = compat.cache_name(type(decoder).forward)
         self._installed: list[str] = []
 
     def install(self) -> None:
@@ -101,7 +105,7 @@ class Handle:
                 f"the attention implementation was set to {module.config._attn_implementation!r} behind the patch; "
                 "call unpatch_model(model) first, then set_attn_implementation, then patch_model again."
             )
-        kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(self.positional, args, strict=False)), **kwargs}
         if module.training and torch.is_grad_enabled():
             raise UnsupportedModeError(
                 "a patched model is for inference: call model.eval(), or train un-patched (unpatch_model(model))."
@@ -111,13 +115,13 @@ class Handle:
         if inputs is None or inputs.shape[1] == 0:
             raise InputError("the prompt is empty; pass at least one token.")
         check_mask(kwargs.get("attention_mask"))
-        cache = kwargs.get("past_key_values")
+        cache = compat.take_cache(kwargs)
         use_cache = kwargs.get("use_cache")
         if cache is None and (use_cache if use_cache is not None else getattr(module.config, "use_cache", True)):
-            cache = kwargs["past_key_values"] = PatchCache(self.plan)
+            cache = PatchCache(self.plan)
         self.check_cache(cache)
         if cache is not None:
-            self.last_cache = ref(cache)
+            self.last_cache, kwargs[self.cache_name] = ref(cache), cache
         kwargs["attnpatch"] = Call(self.plan, cache, inputs.shape[1])
         return (), kwargs
 
@@ -134,8 +138,9 @@ class Handle:
             raise PatchStateError("this PatchCache belongs to another patch or model; make one with PatchCache(model).")
 
     # ---- generate --------------------------------------------------------------------------------------------
-    def prepare_generate(self, args: tuple, kwargs: dict) -> dict:
-        """Refuse modes that cannot be right, hand generate a PatchCache, and note where the prompt ends."""
+    def prepare_generate(self, args: tuple, kwargs: dict) -> tuple[PatchCache, dict]:
+        """Refuse modes that cannot be right; the PatchCache, told where the prompt ends, and generate's keywords."""
+        kwargs = {**kwargs}
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.model.generation_config
         for name in _ASSISTED:
             if kwargs.get(name) or getattr(config, name, None):
@@ -152,7 +157,7 @@ class Handle:
         if kwargs.get("use_cache") is False or (kwargs.get("use_cache") is None and config.use_cache is False):
             raise UnsupportedModeError("use_cache=False keeps no KV, so there is nothing to patch; leave it out.")
         check_mask(kwargs.get("attention_mask"))
-        cache = kwargs.get("past_key_values")
+        cache = compat.take_cache(kwargs)
         self.check_cache(cache)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         length = max(x.shape[1] if x is not None else 0 for x in (ids, kwargs.get("inputs_embeds"),
@@ -164,8 +169,7 @@ class Handle:
         if cache is None:
             cache = PatchCache(self.plan)
         cache.expect(length)
-        # the cache goes in as an argument: generate would build its own otherwise
-        return {**kwargs, "past_key_values": cache, "cache_implementation": None}
+        return cache, {**kwargs, "cache_implementation": None}
 
 
 def _two_dim(mask: Any) -> Any:

@@ -12,9 +12,28 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
-    """Which (query, key) pairs are attended. Without fields: every held key not after the query (dense causal)."""
+    """Which (query, key) pairs are attended: a set, so a pair named twice counts once; never a key after the query.
+
+    Without fields: every held key not after the query (dense causal). With any field a key is attended if its page is
+    listed, or it is a listed column, or its position is below `sink`, or fewer than `window` behind the query.
+    Lists name slots (of the kv given to the executor), not positions; sink and window go by position.
+    """
+
+    index: torch.Tensor | None = None  # int32 [B|1, H, R, W] pages, ascending, packed left; H one of 1, Hkv, Hq
+    count: torch.Tensor | None = None  # int32 [B|1, H, R] meant entries of the W; None = W. The host never reads it
+    page: int = 1  # keys per index unit: index i names slots i * page .. i * page + page - 1
+    bq: int = 0  # query rows that share a list, counted from the first row of `rows`; 0 = one list for all rows
+    columns: torch.Tensor | None = None  # int32 [B|1, H, C] slots for every row besides its list; -1 = unused
+    sink: int = 0  # keys at positions 0 .. sink - 1
+    window: int = 0  # the last keys of each query, itself included
+    rows: slice | None = None  # query rows of this call that the term covers; None = all
+
+    @property
+    def dense(self) -> bool:
+        """Whether every held key not after the query is attended."""
+        return self.index is None and self.columns is None and not self.sink and not self.window
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, VersionError
 from attnpatch.executors import column_sums, dense, naive
+
+DENSE = Selection()
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
@@ -47,8 +50,8 @@ def problem(rows, slots, *, group=4, kv_heads=2, batch=2, dim=16, dtype=torch.fl
 
 
 def check(q, kv, ctx, backend, want_lse=False):
-    out, lse = dense.run(q, kv, None, ctx, want_lse=want_lse, _backend=backend)
-    expected, expected_lse = naive.run(q, kv, None, ctx, want_lse=True)
+    out, lse = dense.run(q, kv, DENSE, ctx, want_lse=want_lse, _backend=backend)
+    expected, expected_lse = naive.run(q, kv, DENSE, ctx, want_lse=True)
     assert out.shape == (q.shape[0], q.shape[2], q.shape[1], q.shape[3]) and out.dtype == q.dtype
     assert torch.isfinite(out).all()
     torch.testing.assert_close(out, expected, atol=TOLERANCE[q.dtype], rtol=TOLERANCE[q.dtype])
@@ -142,7 +145,7 @@ def test_rows_without_keys_give_zeros(rows, backend):
 def test_a_real_nan_is_not_hidden(backend):
     q, kv, ctx = problem(7, 12, holes="row")
     q[1, 0, 3] = float("nan")
-    assert dense.run(q, kv, None, ctx, _backend=backend)[0][1, 3, 0].isnan().all()
+    assert dense.run(q, kv, DENSE, ctx, _backend=backend)[0][1, 3, 0].isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -152,7 +155,7 @@ def test_fp64_and_gradients(backend, small_blocks):
     grads = []
     for run in (lambda *a: dense.run(*a, _backend=backend), naive.run):
         leaf = q.clone().requires_grad_()
-        run(leaf, kv, None, ctx)[0].square().sum().backward()
+        run(leaf, kv, DENSE, ctx)[0].square().sum().backward()
         grads.append(leaf.grad)
     torch.testing.assert_close(*grads)
 
@@ -161,9 +164,9 @@ def test_fp64_and_gradients(backend, small_blocks):
 @pytest.mark.parametrize(("rows", "slots"), SHAPES, ids=SHAPE_IDS)
 def test_positions_need_not_exist_where_slots_say_it_all(rows, slots, backend):
     q, kv, ctx = problem(rows, slots)
-    expected = naive.run(q, kv, None, ctx)[0]
+    expected = naive.run(q, kv, DENSE, ctx)[0]
     kv.pos = ctx.q_pos = None
-    torch.testing.assert_close(dense.run(q, kv, None, ctx, _backend=backend)[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dense.run(q, kv, DENSE, ctx, _backend=backend)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_strided_inputs():
@@ -231,10 +234,10 @@ def test_forced_backend(monkeypatch):
     check(q, kv, ctx, None)
     monkeypatch.setenv("ATTNPATCH_BACKEND", "flash")
     with pytest.raises(ConfigError, match="needs CUDA capability >= 8, this is cpu"):
-        dense.run(q, kv, None, ctx)
+        dense.run(q, kv, DENSE, ctx)
     monkeypatch.setenv("ATTNPATCH_BACKEND", "nonsense")
     with pytest.raises(ConfigError, match="allowed: fa4, cudnn, flash, sdpa, torch"):
-        dense.run(q, kv, None, ctx)
+        dense.run(q, kv, DENSE, ctx)
 
 
 def test_forcing_a_missing_package_is_a_version_error(monkeypatch):
@@ -263,7 +266,7 @@ class FakeFA4:
     def __call__(self, q, k, v, **kwargs):
         self.kwargs = kwargs
         kv = SimpleNamespace(k=k.transpose(1, 2), v=v.transpose(1, 2), pos=self.kv.pos, holes=False)
-        return naive.run(q.transpose(1, 2), kv, None, self.ctx, want_lse=kwargs.get("return_lse", False))
+        return naive.run(q.transpose(1, 2), kv, DENSE, self.ctx, want_lse=kwargs.get("return_lse", False))
 
 
 def test_fa4_call(monkeypatch):
@@ -272,7 +275,7 @@ def test_fa4_call(monkeypatch):
     fake = FakeFA4(ctx, kv)
     monkeypatch.setattr(dense, "_fa4", lambda: fake)
     out, lse = dense._run_fa4(q, kv, ctx, True)
-    expected = naive.run(q, kv, None, ctx, want_lse=True)
+    expected = naive.run(q, kv, DENSE, ctx, want_lse=True)
     torch.testing.assert_close((out, lse), expected)
     assert fake.kwargs["window_size"] == (3, 0) and fake.kwargs["softcap"] == 2.0 and fake.kwargs["causal"]
     assert dense._run_fa4(q, kv, ctx, False)[1] is None and "return_lse" not in fake.kwargs
@@ -290,7 +293,7 @@ def test_column_sums_match_naive(rows, slots, holes, softcap, dtype, monkeypatch
     given = {"q_pos": ctx.q_pos, "scaling": ctx.scaling, "softcap": softcap}
     expected = naive.column_sums(q, kv, **given)
     ctx.softcap = softcap
-    lse = naive.run(q, kv, None, ctx, want_lse=True)[1]
+    lse = naive.run(q, kv, DENSE, ctx, want_lse=True)[1]
     lse = lse.masked_fill((ctx.q_pos < 0)[:, None], float("nan"))  # whatever it says of padding rows
     for _ in range(2):
         for known in (None, lse):

@@ -33,11 +33,52 @@ def _probabilities(logits: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tens
     return torch.where(seen, torch.exp(logits - lse[..., None]), 0.0), lse
 
 
+def _spread(x: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
+    """[B|1, H, ...] with H one of 1, Hkv, Hq -> [B, Hq, ...]; query head h reads kv head h // group."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1).expand(batch, *(-1 for _ in x.shape[1:]))
+
+
+def _listed(index: torch.Tensor, meant: torch.Tensor, page: int, slots: int) -> torch.Tensor:
+    """bool [..., S]: the slots of the meant pages. index int, meant bool [..., W]."""
+    hits = torch.zeros(*index.shape[:-1], slots // page + 2, dtype=torch.int32, device=index.device)
+    hits.scatter_add_(-1, torch.where(meant, index, slots // page + 1).long(), meant.to(torch.int32))
+    return (hits > 0).repeat_interleave(page, dim=-1)[..., :slots]
+
+
+def selected(selection: Any, kv: Any, q_pos: torch.Tensor, heads: int) -> torch.Tensor:
+    """bool [B, Hq, rows, S]: the pairs a Selection names, causality aside. q_pos int [B, rows] of its rows."""
+    batch, rows, slots = kv.k.shape[0], q_pos.shape[1], kv.k.shape[2]
+    if selection.dense:
+        return torch.ones(batch, heads, rows, slots, dtype=torch.bool, device=kv.k.device)
+    pos = _spread(kv.pos, batch, heads)[:, :, None]  # [B, Hq, 1, S]
+    near = q_pos[:, None, :, None] - pos < selection.window  # [B, Hq, rows, S]
+    seen = (pos < selection.sink) | near
+    if selection.columns is not None:
+        columns = _spread(selection.columns, batch, heads)[:, :, None]  # [B, Hq, 1, C]
+        seen = seen | _listed(columns, columns >= 0, 1, slots)
+    if selection.index is not None:
+        index = _spread(selection.index, batch, heads)  # [B, Hq, R, W]
+        count = torch.full(index.shape[:3], index.shape[3]) if selection.count is None else selection.count
+        count = _spread(count.to(index.device), batch, heads)
+        meant = torch.arange(index.shape[3], device=index.device) < count[..., None]
+        lists = _listed(index, meant, selection.page, slots)  # [B, Hq, R, S]
+        seen = seen | lists.repeat_interleave(selection.bq or rows, dim=2)[:, :, :rows]
+    return seen
+
+
 def run(
     q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Dense attention of q [B, Hq, T, D] over kv: out [B, T, Hq, D] in q.dtype, lse [B, Hq, T] or None."""
+    """Attention of q [B, Hq, T, D] over the selected pairs: out [B, T, Hq, D] in q.dtype, lse [B, Hq, T] or None.
+
+    Rows that the selection does not cover come out zero, with lse -inf.
+    """
     seen = _per_query_head(visible(kv, ctx.q_pos, ctx.window, ctx.mask), q.shape[1])
+    if not selection.dense or selection.rows is not None:
+        rows = selection.rows or slice(None)
+        named = torch.zeros(q.shape[0], q.shape[1], q.shape[2], kv.k.shape[2], dtype=torch.bool, device=q.device)
+        named[:, :, rows] = selected(selection, kv, ctx.q_pos[:, rows], q.shape[1])
+        seen = seen & named
     probs, lse = _probabilities(_logits(q, kv, ctx.scaling, ctx.softcap), seen)
     # empty slots may hold NaN, and 0 * NaN is NaN
     v = torch.where((kv.pos >= 0)[..., None], kv.v, 0.0).to(probs.dtype)

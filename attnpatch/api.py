@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from attnpatch.budget import Budget
     from attnpatch.recipe import Recipe
 
-PatchSpec = "str | Patch | Recipe | Path | Sequence[str | Patch]"
-
 
 def resolve(
     patch: str | Patch | Recipe | Path | Sequence[Any], budget: Budget | int | float | str | None = None, **values: Any
@@ -91,6 +89,7 @@ def patch_model(
     from attnpatch.engine.compat import NAME, check_versions
     from attnpatch.engine.families import inspect_model, unwrap
     from attnpatch.engine.handle import Handle
+    from attnpatch.engine.rope import Rope
 
     check_versions()
     base = unwrap(model)
@@ -102,7 +101,8 @@ def patch_model(
     decoder, facts = inspect_model(base)
     if decoder.config._attn_implementation == NAME:
         raise PatchStateError("this model shares its config object with a patched one; load it with its own config.")
-    plan = Plan(patches, facts, resolve_layers(layers, facts), decoder.config)
+    rope = Rope(decoder) if any(p.repositions for p in patches) else None
+    plan = Plan(patches, facts, resolve_layers(layers, facts), decoder.config, rope)
     Handle(base, decoder, plan).install()
     return model
 

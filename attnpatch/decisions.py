@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 class Selection:
     """Which (query, key) pairs are attended: a set, so a pair named twice counts once; never a key after the query.
 
-    Without fields: every held key not after the query (dense causal). With any field a key is attended if its page is
-    listed, or it is a listed column, or its position is below `sink`, or fewer than `window` behind the query.
+    Without fields: every held key not after the query (dense causal). With lists, columns, sink or window a key is
+    attended if its page is listed, or it is a listed column, or its position is below `sink`, or fewer than `window`
+    behind the query. Several Selections that cover the same rows add up (their sets must be disjoint).
     Lists name slots (of the kv given to the executor), not positions; sink and window go by position.
     """
 
@@ -28,12 +29,14 @@ class Selection:
     columns: torch.Tensor | None = None  # int32 [B|1, H, C] slots for every row besides its list; -1 = unused
     sink: int = 0  # keys at positions 0 .. sink - 1
     window: int = 0  # the last keys of each query, itself included
+    skip: int = 0  # keys at positions below are left out, whatever names them
+    at: torch.Tensor | None = None  # int [B, rows] positions the queries are rotated to instead of their own
     rows: slice | None = None  # query rows of this call that the term covers; None = all
 
     @property
-    def dense(self) -> bool:
-        """Whether every held key not after the query is attended."""
-        return self.index is None and self.columns is None and not self.sink and not self.window
+    def named(self) -> bool:
+        """Whether keys are named at all; otherwise every held key not after the query is meant (from `skip` on)."""
+        return self.index is not None or self.columns is not None or bool(self.sink or self.window)
 
 
 @dataclass(frozen=True)

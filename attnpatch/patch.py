@@ -29,8 +29,9 @@ def option(default: Any, help: str, choices: Sequence[Any] | None = None, low: f
 class Patch:
     """Base of a method: typed hyperparameters plus hooks that return decisions.
 
-    Hooks (each optional): `observe(q, kv, ctx)` writes state; `keep(q, kv, ctx) -> KeepSet | None` says what stays.
-    q: [B, Hq, T, D] as the model rotated it. Rows are left-aligned: real tokens first.
+    Hooks (each optional): `select(q, kv, ctx)` says which keys are attended (None = all, a Selection, or a generator of
+    Selections, which gets each term's (out, lse) back); `observe(q, kv, ctx)` writes state; `keep(q, kv, ctx) ->
+    KeepSet | None` says what stays. q: [B, Hq, T, D] as the model rotated it. Rows are left-aligned: real tokens first.
     """
 
     name: ClassVar[str] = ""
@@ -50,6 +51,26 @@ class Patch:
         return frozenset()
 
     @property
+    def phases(self) -> frozenset[str]:
+        """Phases in which `select` is called: "prefill", "decode"."""
+        return frozenset({"prefill"}) if "select" in self.hooks() else frozenset()
+
+    @property
+    def needs_complete_kv(self) -> bool:
+        """Whether `select` counts on slots being positions; where entries were evicted, attention is then dense."""
+        return "select" in self.hooks()
+
+    @property
+    def merges(self) -> bool:
+        """Whether several terms of `select` cover the same query rows."""
+        return False
+
+    @property
+    def repositions(self) -> bool:
+        """Whether a term of `select` rotates queries to other positions."""
+        return False
+
+    @property
     def query_tail(self) -> int:
         """How many of the last prompt queries the engine must hand to `keep` (0 = none)."""
         return 0
@@ -67,9 +88,13 @@ class Patch:
     @classmethod
     def hooks(cls) -> frozenset[str]:
         """Names of the hooks this method defines."""
-        return frozenset(h for h in ("observe", "keep") if getattr(cls, h, None) is not getattr(Patch, h, None))
+        return frozenset(
+            h for h in ("select", "observe", "keep") if getattr(cls, h, None) is not getattr(Patch, h, None)
+        )
 
     if TYPE_CHECKING:
+
+        def select(self, q: Any, kv: KV, ctx: Ctx) -> Any: ...
 
         def keep(self, q: Any, kv: KV, ctx: Ctx) -> KeepSet | None: ...
 
@@ -174,7 +199,7 @@ def build(cls: type[Patch], values: dict[str, Any]) -> Patch:
 
 
 def compose(patches: Sequence[Patch]) -> tuple[Patch, ...]:
-    """Check that the methods can work together: at most one owner of `keep`, no method twice."""
+    """Check that the methods can work together: one owner a hook and phase, no method twice."""
     if not patches:
         raise ConfigError("no patch given; name one, e.g. 'snapkv' (attnpatch list shows all).")
     names = [p.name for p in patches]
@@ -184,7 +209,27 @@ def compose(patches: Sequence[Patch]) -> tuple[Patch, ...]:
     owners = [p.name for p in patches if "keep" in p.hooks()]
     if len(owners) > 1:
         raise ConfigError(f"{owners[0]!r} and {owners[1]!r} both decide what the cache keeps (hook 'keep'); name one.")
+    for phase in ("prefill", "decode"):
+        choosers = [p for p in patches if phase in p.phases]
+        if len(choosers) > 1:
+            first, second = (p.name for p in choosers[:2])
+            raise ConfigError(f"{first!r} and {second!r} both choose what {phase} attends (hook 'select'); name one.")
+        _check_chooser(choosers, patches, phase)
     return tuple(patches)
+
+
+def _check_chooser(choosers: list[Patch], patches: Sequence[Patch], phase: str) -> None:
+    for chooser in choosers:
+        for other in patches:
+            if other is chooser:
+                continue
+            if other.needs_lse and "observe" in other.hooks():
+                raise ConfigError(
+                    f"{other.name!r} scores every query against every key, and {chooser.name!r} leaves keys out of the "
+                    f"{phase}; combine {chooser.name!r} with a method that scores the last queries (snapkv, pyramidkv)."
+                )
+            if phase == "decode" and chooser.needs_complete_kv and "keep" in other.hooks():
+                raise ConfigError(f"{chooser.name!r} needs the full cache in decode, which {other.name!r} evicts.")
 
 
 def describe(cls: type[Patch]) -> Iterator[tuple[str, str, Any, str]]:

@@ -14,7 +14,9 @@ def probe(
     patch: Any, q: Tensor, k: Tensor, v: Tensor | None = None, *,
     scaling: float | None = None, padding: Tensor | None = None, **state: Any,
 ) -> Any:  # fmt: skip
-    """What `patch` decides at the end of a prompt: its KeepSet, or None (dense).
+    """What `patch` decides for a prompt: its KeepSet, or the Selections of a method that selects; None = dense.
+
+    A generator `select` is run to its end: the list of its Selections comes back.
 
     patch: a name or a Patch object. q: [B, Hq, N, D] (or the last queries [B, Hq, T, D]); k, v: [B, Hkv, N, D],
     rotated as the model rotates them. padding: bool [B, N], True for real tokens; slots of the answer then count a
@@ -24,6 +26,7 @@ def probe(
     import torch
 
     from attnpatch.api import resolve
+    from attnpatch.decisions import Selection
     from attnpatch.engine.call import KV, Ctx
     from attnpatch.executors import dense
 
@@ -56,7 +59,25 @@ def probe(
         if known.get("tail") is not None:
             ctx.tail = known["tail"]
     with torch.no_grad():
+        if "select" in method.hooks() and "keep" not in method.hooks():
+            kv.holes = False  # pads lie behind the real tokens
+            return _run_through(method.select(q, kv, ctx), q, kv, ctx)
         if "observe" in method.hooks():
-            ctx.lse = dense.run(q, kv, None, ctx, want_lse=True)[1]
+            ctx.lse = dense.run(q, kv, Selection(), ctx, want_lse=True)[1]
             method.observe(q, kv, ctx)
         return method.keep(q, kv, ctx) if "keep" in method.hooks() else None
+
+
+def _run_through(decision: Any, q: Any, kv: Any, ctx: Any) -> Any:
+    """The terms of a decision; a generator is sent what each term would have given."""
+    from attnpatch.executors import dispatch
+
+    if not hasattr(decision, "send"):
+        return decision
+    terms = []
+    try:
+        terms.append(next(decision))
+        while True:
+            terms.append(decision.send(dispatch.run(q, kv, terms[-1], ctx, True)))
+    except StopIteration:
+        return terms

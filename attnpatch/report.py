@@ -10,7 +10,10 @@ from attnpatch.errors import PatchStateError
 
 @dataclass
 class LayerStatus:
-    """One decoder layer. `positions`: held true positions int32 [B, Hkv, S], -1 = empty slot (None without a cache)."""
+    """One decoder layer. `positions`: held true positions int32 [B, Hkv, S], -1 = empty slot (None without a cache).
+
+    note: why a selecting method ran dense here. density: share of the causal pages attended in prefill, fp32 [B, H].
+    """
 
     index: int
     kind: str
@@ -21,6 +24,16 @@ class LayerStatus:
     bytes_held: int = 0
     bytes_dense: int = 0
     positions: Any = field(default=None, repr=False)
+    note: str = ""
+    density: Any = field(default=None, repr=False)
+
+    @property
+    def choice(self) -> str:
+        """What prefill attended, in words."""
+        if self.note or self.density is None:
+            return f"; {self.note}" if self.note else ""
+        low, high = self.density.min().item(), self.density.max().item()
+        return f"; attended {self.density.mean().item():.1%} of the pages (heads {low:.1%} to {high:.1%})"
 
 
 @dataclass
@@ -46,6 +59,8 @@ class Status:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; positions are left out."""
         layers = [{k: v for k, v in vars(layer).items() if k != "positions"} for layer in self.layers]
+        for row in layers:
+            row["density"] = None if row["density"] is None else row["density"].tolist()
         return {**{k: v for k, v in asdict(self).items() if k != "layers"}, "layers": layers,
                 "bytes_held": self.bytes_held, "bytes_dense": self.bytes_dense}  # fmt: skip
 
@@ -60,8 +75,8 @@ class Status:
         for layer in self.layers:
             if layer.seen:
                 share = layer.bytes_held / max(layer.bytes_dense, 1)
-                lines.append(f"  layer {layer.index}: seen {layer.seen}, held {layer.held}, "
-                             f"{layer.bytes_held:,} of {layer.bytes_dense:,} bytes ({share:.1%})")  # fmt: skip
+                lines.append(f"  layer {layer.index}: seen {layer.seen}, held {layer.held}, {layer.bytes_held:,} of "
+                             f"{layer.bytes_dense:,} bytes ({share:.1%}){layer.choice}")  # fmt: skip
         if self.bytes_dense:
             share = self.bytes_held / self.bytes_dense
             lines.append(f"KV: {self.bytes_held:,} of {self.bytes_dense:,} bytes ({share:.1%})")
@@ -82,7 +97,7 @@ def status(model: Any) -> Status:
         row = LayerStatus(fact.index, fact.kind, covered, fact.reason or ("" if covered else "not among layers="))
         if held is not None:
             vars(row).update(vars(held[fact.index]))
-            row.positions = row.positions.cpu() if row.positions is not None else None
+            row.positions, row.density = (None if x is None else x.cpu() for x in (row.positions, row.density))
         layers.append(row)
     backend, why = _backend(handle.model)
     return Status({p.name: p.hyperparameters() for p in plan.patches}, layers, backend, why, _note(plan, layers))

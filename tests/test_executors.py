@@ -195,7 +195,7 @@ def test_choice_on_cpu_and_its_reason(change, want_lse, name):
 
 
 def cuda_call(**change):
-    plain = dict.fromkeys(["single", "square", "holes", "softcap", "window", "mask", "want_lse"], False)
+    plain = dict.fromkeys(["single", "square", "holes", "softcap", "window", "part", "mask", "want_lse"], False)
     return dense._Call(**{**plain, "device": "cuda", "capability": 9, "dtype": torch.bfloat16, "dim": 128, **change})
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from attnpatch.patches.h2o import H2O
 from attnpatch.patches.pyramidkv import pyramid
+from attnpatch.patches.streamingllm import StreamingLLM
 from oracle import CACHE, Oracle, positions, run_both, tiny
 
 import attnpatch
 from attnpatch.decisions import KeepSet
 from attnpatch.engine.cache import PatchLayer
 from attnpatch.engine.call import KV, Ctx
-from attnpatch.errors import ConfigError
+from attnpatch.errors import ConfigError, UnsupportedModelError
 from attnpatch.executors import column_sums
 
 ATOL = 5e-5  # fp32 rounding between stock eager and our executors on the tiny models' logits (magnitude 10 to 40)
@@ -107,6 +108,16 @@ def feed(model, *chunks, cache=None, expect=None):
         for ids in chunks:
             logits = model(ids, **{CACHE: cache}).logits
     return logits, cache
+
+
+def all_logits(model, *chunks, cache=None, expect=None):
+    """The logits [B, T, vocab] of every chunk fed, and the cache."""
+    cache, logits = attnpatch.PatchCache(model) if cache is None else cache, []
+    if expect is not None:
+        cache.expect(expect)
+    for ids in chunks:
+        logits.append(feed(model, ids, cache=cache)[0])
+    return torch.cat(logits, 1), cache
 
 
 def left_padded(q, k, lengths, fill=float("nan")):
@@ -440,27 +451,28 @@ def test_pyramid_counts_only_full_attention_layers():
     assert sizes == [k + 8 for k in pyramid(8, 2, 92, 20.0)]
 
 
-# ---- StreamingLLM (positions "original": invariants 3 to 7 concern the re-numbered mode, which is not offered) ------
+# ---- StreamingLLM --------------------------------------------------------------------------------------------------
 
 
 def test_streaming_1_short_is_dense():
     q, k = qkv(20)
-    assert attnpatch.probe("streamingllm", q, k, budget=20) is None
+    assert attnpatch.probe("streamingllm", q, k, budget=21) is None
     stock, model = tiny("llama"), tiny("llama")
     stock.set_attn_implementation("sdpa")
     expected = stock.generate(prompt(), max_new_tokens=12, do_sample=False)
-    with attnpatch.patched(model, "streamingllm", budget=52):
-        assert torch.equal(model.generate(prompt(), max_new_tokens=12, do_sample=False), expected)
+    for mode in ("repositioned", "original"):
+        with attnpatch.patched(model, "streamingllm", budget=52, positions=mode):
+            assert torch.equal(model.generate(prompt(), max_new_tokens=12, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("sink", [0, 1, 4])
 @pytest.mark.parametrize("n", [21, 57])
 def test_streaming_prompt(n, sink):
     q, k = qkv(n)
-    keep = attnpatch.probe("streamingllm", q, k, budget=20, sink=sink)
+    keep = attnpatch.probe("streamingllm", q, k, budget=21, sink=sink)
     assert kept(keep) == [set(range(sink)) | set(range(n - 20 + sink, n))] * 2
     padded = left_padded(*qkv(70, batch=2), [70, n])
-    keep = attnpatch.probe("streamingllm", *padded[:2], padding=padded[2], budget=20, sink=sink)
+    keep = attnpatch.probe("streamingllm", *padded[:2], padding=padded[2], budget=21, sink=sink)
     assert kept(keep, 1) == [set(range(sink)) | set(range(n - 20 + sink, n))] * 2
 
 
@@ -468,7 +480,7 @@ def test_streaming_prompt(n, sink):
 def test_streaming_2_after_ten_thousand_tokens(sink):
     model = tiny("llama", num_hidden_layers=1, max_position_embeddings=16384)
     ids = prompt(1, 10_000)
-    with attnpatch.patched(model, "streamingllm", budget=64, sink=sink, evict_per_chunk=True):
+    with attnpatch.patched(model, "streamingllm", budget=65, sink=sink, evict_per_chunk=True):
         _, cache = feed(model, *ids[:, :9700].split(100, 1), expect=9700)
         layer = cache.layers[0]
         sizes = set()
@@ -482,7 +494,7 @@ def test_streaming_2_after_ten_thousand_tokens(sink):
 
 @pytest.mark.parametrize("sink", [0, 1, 4])
 def test_streaming_short_prompt_fills_up_and_then_evicts(sink):
-    with attnpatch.patched(tiny("llama"), "streamingllm", budget=16, sink=sink) as model:
+    with attnpatch.patched(tiny("llama"), "streamingllm", budget=17, sink=sink) as model:
         _, cache = feed(model, prompt(1, 10))
         for seen, ids in enumerate(prompt(1, 30, seed=8).split(1, 1), 11):
             feed(model, ids, cache=cache)
@@ -499,7 +511,7 @@ def test_streaming_without_decode_eviction_grows():
 def test_streaming_8_sinks_are_the_first_real_tokens():
     ids, mask = prompt(2), torch.ones(2, 40).long()
     mask[1, :13] = 0
-    with attnpatch.patched(tiny("llama"), "streamingllm", budget=16) as model:
+    with attnpatch.patched(tiny("llama"), "streamingllm", budget=17) as model:
         both = attnpatch.PatchCache(model)
         out = model.generate(ids * mask, attention_mask=mask, max_new_tokens=9, do_sample=False, **{CACHE: both})
         single = model.generate(ids[1:, 13:], max_new_tokens=9, do_sample=False)
@@ -512,7 +524,126 @@ def test_streaming_8_sinks_are_the_first_real_tokens():
 def test_streaming_decode_equals_the_masked_oracle():
     for sink in (0, 4):
         chunks = [prompt(), *prompt(1, 25, seed=6).split(1, 1)]
-        assert run_both("llama", "streamingllm", chunks, budget=16, sink=sink)[0] < ATOL
+        worst, _ = run_both("llama", "streamingllm", chunks, budget=17, sink=sink, positions="original")
+        assert worst < ATOL
+
+
+class StreamingReference:
+    """StreamingLLM on a Llama from its specification: keys kept un-rotated, rotated by their index in the cache."""
+
+    def __init__(self, model, sink, window):
+        self.model, self.sink, self.window = model, sink, window
+        self.held = [(torch.empty(2, 0, 16), torch.empty(2, 0, 16)) for _ in model.model.layers]
+
+    def rotate(self, x, places):
+        cos, sin = self.model.model.rotary_emb(x, places[None])
+        half = x.shape[-1] // 2
+        return x * cos[0] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[0]
+
+    @torch.no_grad()
+    def forward(self, ids):
+        """ids [T] -> logits [T, vocab]. Evicts before it appends, except for a first prompt, which it attends whole."""
+        x = self.model.model.embed_tokens(ids)
+        for index, layer in enumerate(self.model.model.layers):
+            h, attention = layer.input_layernorm(x), layer.self_attn
+            q, k, v = ((f(h).view(len(ids), -1, 16).transpose(0, 1))
+                       for f in (attention.q_proj, attention.k_proj, attention.v_proj))  # fmt: skip
+            old_k, old_v = self.held[index]
+            if 0 < old_k.shape[1] > self.sink + self.window - len(ids):
+                rest = self.window - len(ids)
+                old_k, old_v = (torch.cat([t[:, : self.sink], t[:, t.shape[1] - rest :]], 1) for t in (old_k, old_v))
+            k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)
+            self.held[index] = (k, v)
+            n = k.shape[1]
+            q, k = self.rotate(q, torch.arange(n - len(ids), n)), self.rotate(k, torch.arange(n))
+            logits = q @ k.repeat_interleave(2, 0).transpose(1, 2) * 0.25
+            logits += torch.full((len(ids), n), float("-inf")).triu(n - len(ids) + 1)
+            out = logits.softmax(-1) @ v.repeat_interleave(2, 0)
+            x = x + attention.o_proj(out.transpose(0, 1).reshape(len(ids), -1))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.model.lm_head(self.model.model.norm(x))
+
+
+@pytest.mark.parametrize("sink", [0, 1, 4])
+def test_streaming_6_query_rotation_equals_rerotated_keys(sink):
+    model, chunks = tiny("llama"), [prompt(), *prompt(1, 25, seed=6).split(1, 1)]
+    reference = StreamingReference(model, sink, 17 - sink)
+    expected = [reference.forward(c[0]) for c in chunks]
+    with attnpatch.patched(model, "streamingllm", budget=17, sink=sink):
+        cache = attnpatch.PatchCache(model)
+        for ids, logits in zip(chunks, expected, strict=True):
+            got = feed(model, ids, cache=cache)[0][0]
+            torch.testing.assert_close(got, logits, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["repositioned", "original"])
+@pytest.mark.parametrize("sink", [0, 4])
+def test_streaming_5_stream_prefill_equals_token_by_token(sink, mode):
+    model, ids = tiny("llama"), prompt(1, 90)
+    hyper = {"budget": 17, "sink": sink, "positions": mode, "prefill": "stream"}
+    with attnpatch.patched(model, "streamingllm", **hyper):
+        expected = all_logits(model, *ids.split(1, 1))[0]
+        whole = feed(model, ids)[0]
+        torch.testing.assert_close(whole, expected, atol=1e-4, rtol=0)
+        chunked = all_logits(model, *ids.split(37, 1), expect=90)[0]
+        torch.testing.assert_close(chunked, expected, atol=1e-4, rtol=0)
+    with attnpatch.patched(model, "streamingllm", **hyper, evict_per_chunk=True):
+        logits, cache = all_logits(model, *ids.split(37, 1), expect=90)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        assert cache.layers[0].held == 16
+    if mode == "repositioned":
+        reference = StreamingReference(model, sink, 17 - sink)
+        by_hand = torch.stack([reference.forward(i)[0] for i in ids[0].split(1)])
+        torch.testing.assert_close(expected[0], by_hand, atol=1e-4, rtol=0)
+
+
+def test_streaming_4_without_rotation_both_modes_agree():
+    model, chunks, logits = tiny("llama"), [prompt(), *prompt(1, 9, seed=6).split(1, 1)], []
+    model.model.rotary_emb.inv_freq.zero_()
+    for mode in ("repositioned", "original"):
+        with attnpatch.patched(model, "streamingllm", budget=17, positions=mode):
+            logits.append(all_logits(model, *chunks)[0])
+    torch.testing.assert_close(*logits, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "gemma2", "gemma3"])
+def test_streaming_8_repositioned_rows_of_a_padded_batch(name):
+    """Every family's own rotation; a later turn too, whose padded rows start at different positions."""
+    ids, mask = prompt(2), torch.ones(2, 40).long()
+    mask[1, :13] = 0
+    with attnpatch.patched(tiny(name), "streamingllm", budget=17) as model:
+        both, alone = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
+        out = model.generate(ids * mask, attention_mask=mask, max_new_tokens=9, do_sample=False, **{CACHE: both})
+        single = model.generate(ids[1:, 13:], max_new_tokens=9, do_sample=False, **{CACHE: alone})
+        assert torch.equal(out[1, 40:], single[0, 27:])
+        more, mask = prompt(2, 5, seed=8), torch.cat([mask, torch.ones(2, 14).long()], 1)
+        out = model.generate(torch.cat([out, more], 1), attention_mask=mask, max_new_tokens=6, do_sample=False,
+                             **{CACHE: both})  # fmt: skip
+        single = torch.cat([single, more[1:]], 1)  # with a mask: a generated pad token is no padding
+        single = model.generate(single, attention_mask=torch.ones_like(single), max_new_tokens=6, do_sample=False,
+                                **{CACHE: alone})  # fmt: skip
+        assert torch.equal(out[1, -6:], single[0, -6:])
+
+
+def test_streaming_3_query_stays_inside_the_cache():
+    patch = StreamingLLM(budget=17)
+    q, k = qkv(17)
+    pos = torch.cat([torch.arange(4), torch.arange(60_000, 60_013)]).int().expand(1, 1, -1)
+    ctx = Ctx(0, 1, "decode", "step", torch.tensor([[60_012]]), (), 1.0)
+    sinks, recent = patch.select(q[:, :, -1:], KV(k, k, pos, complete=False), ctx)
+    assert sinks.at.item() == 16 and sinks.sink == 4 and recent.skip == 4 and recent.at is None
+
+
+def test_streaming_refuses_what_has_no_meaning():
+    model = tiny("llama")
+    model.model.rotary_emb.rope_type = "dynamic"
+    with pytest.raises(UnsupportedModelError, match="positions='original'"):
+        attnpatch.patch_model(model, "streamingllm", budget=17)
+    assert not hasattr(model, "_attnpatch")
+    with pytest.raises(ConfigError, match="budget in tokens"):
+        StreamingLLM(budget=0.5, prefill="stream")
+    with pytest.raises(ConfigError, match="must exceed sink"):
+        StreamingLLM(budget=5)
 
 
 # ---- H2O -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ ATOL = 5e-5
 PATCHES = {
     "snapkv": {"budget": 12, "window_size": 4, "kernel_size": 3},
     "pyramidkv": {"budget": 14, "window_size": 4, "kernel_size": 3},
-    "streamingllm": {"budget": 12},
+    "streamingllm": {"budget": 12, "positions": "original"},
     "h2o": {"budget": 12},
     "random": {"budget": 12, "window_size": 3},
 }

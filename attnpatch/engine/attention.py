@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnpatch.decisions import Selection
 from attnpatch.engine.cache import PatchLayer
 from attnpatch.engine.call import KV, Call, Ctx
+from attnpatch.engine.terms import DENSE, attend
 from attnpatch.errors import PatchStateError, UnsupportedModeError, UnsupportedModelError
-from attnpatch.executors import dense
+from attnpatch.executors import dense, dispatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from attnpatch.engine.cache import PatchCache
     from attnpatch.patch import Patch
 
-_DENSE = Selection()
 _NEUTRAL = {"position_ids", "use_cache", "cache_position", "output_hidden_states", "return_dict", "is_causal"}
 
 
@@ -93,7 +93,7 @@ def _stock(
         kv = KV(k, v, pos, holes=call.padding is not None, ordered=True)
     custom = None if call.custom is None else call.custom.to(q.device)[..., -slots:]
     ctx = _ctx(call, 0, 1, q_pos, scaling, softcap, window, custom)
-    return dense.run(q, kv, _DENSE, ctx)[0]
+    return dispatch.run(q, kv, DENSE, ctx)[0]
 
 
 def _ctx(
@@ -107,10 +107,11 @@ def _ctx(
 
 
 def _patched(
-    call: Any, layer: PatchLayer, index: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None
+    call: Call, layer: PatchLayer, index: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
     """align, append, attend, observe, keep, un-align: the order of work inside one attention call."""
-    plan, cache, event = call.plan, call.cache, call.event
+    plan, event = call.plan, call.event
+    cache: PatchCache = call.cache  # type: ignore[assignment]  # a PatchLayer comes from one
     ordinal = plan.ordinal.get(index)
     idle = ordinal is None or not plan.acts_on_steps
     if event == "step" and idle and softcap is None and call.plain and not layer.holes:  # nothing to decide: be quick
@@ -119,7 +120,7 @@ def _patched(
         if out is not None:
             return out
         ctx = _ctx(call, 0, 1, None, scaling, softcap)
-        return dense.run(q, KV(layer.keys, layer.values, None), _DENSE, ctx)[0]
+        return dispatch.run(q, KV(layer.keys, layer.values, None), DENSE, ctx)[0]
     cache.batch = q.shape[0]
     q_pos: Any = call.q_pos(q.shape[0], q.device) if call.padding is not None else None
     order = call.order(q.device)
@@ -135,7 +136,12 @@ def _patched(
     custom = _custom_mask(call, layer, order, q, keeper)
     ctx = _ctx(call, ordinal or 0, len(plan.covered), q_pos, scaling, softcap, None, custom)
     want_lse = bool(observers) and plan.needs_lse
-    out, lse = dense.run(q, kv, _DENSE, ctx, want_lse)  # [B, T, Hq, D]
+    selector = plan.selectors.get(call.phase) if ordinal is not None else None
+    if selector is None:
+        out, lse = dispatch.run(q, kv, DENSE, ctx, want_lse)  # [B, T, Hq, D]
+    else:
+        _complete(call, layer, kv, ctx, q)
+        out, lse = attend(selector, call, layer, index, q, kv, ctx, want_lse)
     if plan.query_tail and event != "step" and ordinal is not None:
         ctx.tail, ctx.tail_pos = _push_tail(layer.tail, q, q_pos, call, plan.query_tail)
         # a copy: a view would keep all queries alive until the next chunk
@@ -183,12 +189,9 @@ def _push_tail(tail: Any, q: Tensor, q_pos: Tensor | None, call: Call, width: in
     return q.gather(2, last[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])), pos.gather(1, last)
 
 
-def _decide(
-    call: Any, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor, lse: Tensor | None, observers: Any, keeper: Any
-) -> None:
-    """Run the hooks and apply what they decide."""
+def _complete(call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor) -> None:
+    """Fill in what hooks may read and the plain dense road does without."""
     kv.pos = layer.pos
-    ctx.lse, ctx.ragged = lse, layer.holes
     ctx.q_pos = ctx.q_pos if ctx.q_pos is not None else call.q_pos(q.shape[0], q.device)
     if call.event != "step":
         ctx.prompt_len = call.prompt_len
@@ -196,6 +199,14 @@ def _decide(
             (kv.k.shape[1] * kv.k.shape[3] * kv.k.element_size() + kv.v.shape[1] * kv.v.shape[3] * kv.v.element_size())
             * ctx.n_layers
         )
+
+
+def _decide(
+    call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor, lse: Tensor | None, observers: Any, keeper: Any
+) -> None:
+    """Run the hooks and apply what they decide."""
+    _complete(call, layer, kv, ctx, q)
+    ctx.lse, ctx.ragged = lse, layer.holes
     for patch in observers:
         patch.observe(q, kv, ctx)
     if keeper is None:
@@ -205,4 +216,4 @@ def _decide(
         return
     if os.environ.get("ATTNPATCH_DEBUG"):  # waits for the device
         decision.validate(kv.k.shape[0], kv.k.shape[1], kv.S)
-    layer.keep(decision, call.cache.turn)
+    layer.keep(decision, call.cache.turn)  # type: ignore[union-attr]

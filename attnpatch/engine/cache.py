@@ -19,7 +19,7 @@ from attnpatch.errors import InputError, PatchStateError, UnsupportedModeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from attnpatch.decisions import KeepSet
+    from attnpatch.decisions import KeepSet, Selection
     from attnpatch.engine.call import Plan
 
 
@@ -48,6 +48,9 @@ class PatchLayer(DynamicLayer):
         self.tokens_since = 0  # tokens seen since the last eviction
         self.state: dict[str, Tensor] = {}  # [B] follows rows, [B, H', S] follows rows and slots
         self.plain: dict[str, Any] = {}
+        self.note = ""  # why the last call ran dense under a selecting method
+        self.pages: Any = None  # pages attended so far, fp32 [B, H]; of `grid` causal ones
+        self.grid = 0
         self.tail: tuple[Tensor, Tensor] | None = None  # earlier chunks' last queries and their positions
         self._spare: tuple[Tensor, Tensor] | None = None  # one free slot after a drop: the next append is in place
 
@@ -159,6 +162,7 @@ class PatchLayer(DynamicLayer):
         # the pads of a first chunk lie behind causality: plain causal is right for it
         holes = self.holes or (padded and not first)
         view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.plain, clean=True)
+        view.ordered = self.complete and not holes
         self.holes |= padded
         return view
 
@@ -221,6 +225,17 @@ class PatchLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :left], values[:, :, :left]
         self._set_pos(pos)
 
+    def count(self, term: Selection, rows: int, slots: int) -> None:
+        """Add a term's listed pages to the layer's density; the host does not wait."""
+        if term.index is None or not term.bq:
+            return
+        start, stop, _ = (term.rows or slice(None)).indices(rows)
+        ends = range(slots - rows + min(start + term.bq, stop), slots - rows + stop + term.bq, term.bq)
+        self.grid += sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
+        width = term.index.new_full(term.index.shape[:-1], term.index.shape[-1]) if term.count is None else term.count
+        pages = width.float().sum(-1)
+        self.pages = pages if self.pages is None else self.pages + pages
+
     def bytes_held(self) -> int:
         """Bytes allocated for K and V, spare slots included."""
         if not self.is_initialized:
@@ -231,13 +246,18 @@ class PatchLayer(DynamicLayer):
 
 @dataclass
 class LayerSummary:
-    """What a cache layer holds: tokens, bytes, and true positions int32 [B, Hkv, S] (None for stock layers)."""
+    """What a cache layer holds: tokens, bytes, true positions int32 [B, Hkv, S] (None for stock layers).
+
+    density: share of the causal pages that prefill attended, fp32 [B, H] (None unless a method listed pages).
+    """
 
     seen: int = 0
     held: int = 0
     bytes_held: int = 0
     bytes_dense: int = 0
     positions: Tensor | None = None
+    note: str = ""
+    density: Tensor | None = None
 
 
 def summarise(layer: Any) -> LayerSummary:
@@ -250,7 +270,8 @@ def summarise(layer: Any) -> LayerSummary:
     if not isinstance(layer, PatchLayer):
         return LayerSummary(seen, keys.shape[2], keys.shape[2] * slot, keys.shape[2] * slot)
     positions = layer.pos.expand(-1, keys.shape[1], -1)
-    return LayerSummary(seen, layer.held, layer.bytes_held(), seen * slot, positions)
+    density = None if layer.pages is None else layer.pages / layer.grid
+    return LayerSummary(seen, layer.held, layer.bytes_held(), seen * slot, positions, layer.note, density)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

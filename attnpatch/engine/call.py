@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ class Plan:
     facts: tuple[LayerFact, ...]
     covered: tuple[int, ...]  # layer indices the methods act on, ascending
     config: Any  # the decoder's config
+    rope: Any = None  # Rope, where a method re-numbers positions
 
     def __deepcopy__(self, memo: dict) -> Plan:
         return self  # a copied cache still belongs to the same patched model
@@ -48,7 +49,13 @@ class Plan:
     @cached_property
     def acts_on_steps(self) -> bool:
         """Whether any hook runs during decoding."""
-        return bool(self.observers) or (self.keeper is not None and "step" in self.keeper.evict_at)
+        keeps = self.keeper is not None and "step" in self.keeper.evict_at
+        return bool(self.observers) or keeps or "decode" in self.selectors
+
+    @cached_property
+    def selectors(self) -> dict[str, Patch]:
+        """Phase -> the one method that chooses what is attended in it."""
+        return {phase: p for p in self.patches for phase in p.phases}
 
     @cached_property
     def query_tail(self) -> int:
@@ -134,7 +141,6 @@ class Call:
         self.custom: Tensor | None = None  # bool [B, 1, T, S]
         self.ready = False
         self._order: Tensor | None = None
-        self._masks: dict[Any, Tensor] = {}
         self.event = cache.begin(length, self.before) if cache is not None else "prompt"
 
     @property
@@ -190,12 +196,6 @@ class Call:
             return (end,) * batch
         missing = end - self.after
         return tuple(n + missing for n in self.padding.sum(-1).tolist())
-
-    def shared_mask(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        """A mask that layers of one kind share within this forward."""
-        if key not in self._masks:
-            self._masks[key] = make()
-        return self._masks[key]
 
 
 def resolve_layers(layers: Sequence[int] | None, facts: Sequence[LayerFact]) -> tuple[int, ...]:

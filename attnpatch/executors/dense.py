@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, VersionError
 from attnpatch.executors.column_sums import matmul, operand, rows_per_block
 
@@ -23,6 +25,7 @@ TORCH_ROWS = 512
 """Most query rows of one eager block."""
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
+_ALL = Selection()
 
 
 class _Call(NamedTuple):
@@ -37,6 +40,7 @@ class _Call(NamedTuple):
     holes: bool
     softcap: bool
     window: bool
+    part: bool  # sink, window or skip of a Selection
     mask: bool
     want_lse: bool
 
@@ -55,7 +59,7 @@ def _fa4() -> Callable[..., Any] | None:
     return flash_attn_func
 
 
-def _call(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> _Call:
+def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> _Call:
     rows = q.shape[2]
     return _Call(
         device=q.device.type,
@@ -67,6 +71,7 @@ def _call(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> _Call:
         holes=bool(kv.holes),
         softcap=ctx.softcap is not None,
         window=ctx.window is not None,
+        part=bool(selection.sink or selection.window or selection.skip),
         mask=ctx.mask is not None,
         want_lse=want_lse,
     )
@@ -86,6 +91,8 @@ def _no_cuda_half(c: _Call, capability: int, dim: int) -> str | None:
         return f"needs a head dimension that is a multiple of 8 up to {dim}, this is {c.dim}"
     if c.holes:
         return "cannot skip empty slots (padding or a ragged cache)"
+    if c.part:
+        return "cannot leave keys out by position"
     return "takes no 4-D mask" if c.mask else None
 
 
@@ -116,7 +123,7 @@ def _not_flash(c: _Call) -> str | None:
 
 
 def _not_sdpa(c: _Call) -> str | None:
-    if c.device == "cuda" and c.single and (c.holes or c.mask):
+    if c.device == "cuda" and c.single and (c.holes or c.mask or c.part):
         return "a masked single query is planned anew by cuDNN at every length; two small products are quicker"
     return "no soft-capping or log-sum-exp" if c.softcap or c.want_lse else None
 
@@ -128,6 +135,31 @@ def _not_torch(c: _Call) -> str | None:
 # ---- shared pieces ----
 
 
+class _By:
+    """A ctx together with what a Selection says by position."""
+
+    def __init__(self, ctx: Any, selection: Any) -> None:
+        self.q_pos, self.mask, self.scaling, self.softcap = ctx.q_pos, ctx.mask, ctx.scaling, ctx.softcap
+        self.window, self.part = ctx.window, selection
+
+
+def _part(ctx: Any) -> Any:
+    """The Selection whose sink, window and skip apply, or None."""
+    return getattr(ctx, "part", None)
+
+
+def _rows(q: torch.Tensor, kv: Any, rows: slice, ctx: Any) -> tuple[torch.Tensor, Any, Any]:
+    """Only the query rows of a slice, over the keys that causality leaves them."""
+    start, stop, _ = rows.indices(q.shape[2])
+    end = kv.k.shape[2] if kv.holes else kv.k.shape[2] - q.shape[2] + stop
+    part, kv, ctx = q[:, :, start:stop], copy(kv), copy(ctx)
+    kv.ordered = getattr(kv, "ordered", q.shape[2] == kv.k.shape[2])
+    kv.k, kv.v, kv.pos = kv.k[:, :, :end], kv.v[:, :, :end], None if kv.pos is None else kv.pos[..., :end]
+    ctx.q_pos = None if ctx.q_pos is None else ctx.q_pos[:, start:stop]
+    ctx.mask = None if ctx.mask is None else ctx.mask[:, :, start:stop, :end]
+    return part, kv, ctx
+
+
 def _pack(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """[B, Hq, r, D] -> [B, Hkv, G*r, D]: query heads of a kv head become rows, so keys are never repeated."""
     return q.reshape(q.shape[0], kv_heads, -1, q.shape[-1])
@@ -137,12 +169,17 @@ def _blocks(q: torch.Tensor, kv: Any, ctx: Any, step: int) -> Iterator[tuple[int
     """(first row, end row, first key, end key) of query blocks; the key range holds all that the rows can see."""
     rows, slots = q.shape[2], kv.k.shape[2]
     causal = not kv.holes and ctx.mask is None
-    sliced = ctx.window is not None and not kv.holes and getattr(kv, "ordered", rows == slots)
+    part = _part(ctx)
+    window = ctx.window if part is None else 0 if part.sink else part.window
+    ordered = not kv.holes and getattr(kv, "ordered", rows == slots)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         # positions ascend at least as fast as slots: what is in the window is within as many slots
-        first = max(0, slots - rows + start - ctx.window + 1) if sliced else 0
-        yield start, stop, first, slots - rows + stop if causal else slots
+        first = max(0, slots - rows + start - window + 1) if window and ordered else 0
+        end = slots - rows + stop if causal else slots
+        if ordered and part is not None and part.sink and not part.window:
+            end = min(end, part.sink)
+        yield start, stop, first, end
 
 
 def _seen(kv: Any, ctx: Any, span: tuple[int, int, int, int], offset: int) -> torch.Tensor | None:
@@ -151,7 +188,8 @@ def _seen(kv: Any, ctx: Any, span: tuple[int, int, int, int], offset: int) -> to
     pos: Any = None
     row: Any = None
     seen: torch.Tensor | None = None
-    if kv.holes or ctx.window is not None:  # elsewhere slots say it all, and positions need not exist
+    part = _part(ctx)
+    if kv.holes or ctx.window is not None or part is not None:  # elsewhere slots say it all; positions need not exist
         pos, row = kv.pos[:, :, None, first:end], ctx.q_pos[:, None, start:stop, None]
     if ctx.mask is not None:
         seen = ctx.mask[:, :, start:stop, first:end]
@@ -163,6 +201,11 @@ def _seen(kv: Any, ctx: Any, span: tuple[int, int, int, int], offset: int) -> to
         seen = (slot <= torch.arange(start, stop, device=slot.device)[:, None] + offset)[None, None]
     if ctx.window is not None:
         near = row - pos < ctx.window
+        seen = near if seen is None else seen & near
+    if part is not None:
+        near = pos >= part.skip
+        if part.sink or part.window:
+            near = near & ((pos < part.sink) | (row - pos < part.window))
         seen = near if seen is None else seen & near
     return seen
 
@@ -226,7 +269,8 @@ def _run_flash(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
 
 def _run_sdpa(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
     (heads, rows), (kv_heads, slots) = q.shape[1:3], kv.k.shape[1:3]
-    group, plain = heads // kv_heads, not kv.holes and ctx.mask is None and ctx.window is None
+    group = heads // kv_heads
+    plain = not kv.holes and ctx.mask is None and ctx.window is None and _part(ctx) is None
     # elsewhere than on a CPU, is_causal may end in the math kernel, which builds T x S
     if plain and rows == slots and rows > 1 and q.device.type == "cpu":
         full = F.scaled_dot_product_attention(q, kv.k, kv.v, is_causal=True, scale=ctx.scaling, enable_gqa=group > 1)
@@ -249,7 +293,7 @@ def _run_sdpa(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
             attn_mask=seen,
             scale=ctx.scaling,
         )
-        if seen is not None and (kv.holes or ctx.mask is not None):  # rows that see nothing: NaN or a mean of values
+        if seen is not None and (kv.holes or ctx.mask is not None or _part(ctx)):  # rows that see nothing
             part = part.masked_fill(~seen.any(-1, keepdim=True), 0.0)
         out = _place(out, part, q, start)
     if out is None:
@@ -339,7 +383,7 @@ def _first_fit(call: _Call, forced: str | None) -> tuple[str, str]:
 
 def choose(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool = False) -> tuple[str, str]:
     """(backend, reason) for this call: why this one, and why not each faster one. Never waits for the device."""
-    return _decide(_call(q, kv, ctx, want_lse), os.environ.get("ATTNPATCH_BACKEND") or None)
+    return _decide(_call(q, kv, _ALL, ctx, want_lse), os.environ.get("ATTNPATCH_BACKEND") or None)
 
 
 def backends() -> list[tuple[str, bool, str]]:
@@ -347,7 +391,7 @@ def backends() -> list[tuple[str, bool, str]]:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     call = _Call(
         device=device.type, capability=_capability(device), dtype=torch.bfloat16, dim=128, single=False, square=True,
-        holes=False, softcap=False, window=False, mask=False, want_lse=False,
+        holes=False, softcap=False, window=False, part=False, mask=False, want_lse=False,
     )  # fmt: skip
     return [(name, (why := why_not(call)) is None, why or "usable") for name, why_not in _WHY_NOT.items()]
 
@@ -372,10 +416,15 @@ def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) ->
 def run(
     q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False, _backend: str | None = None
 ) -> Result:
-    """Dense causal attention of q [B, Hq, T, D] over kv: out [B, T, Hq, D] in q.dtype (maybe a view), lse or None.
+    """Attention of q [B, Hq, T, D] over kv without lists: all held keys, or those that sink, window and skip leave.
 
-    lse: [B, Hq, T] fp32 (fp64 for fp64 inputs). See `attnpatch.executors` for kv and ctx. `selection` is not read.
+    out: [B, rows, Hq, D] in q.dtype (maybe a view); lse: [B, Hq, rows] fp32 (fp64 for fp64 inputs) or None; rows: those
+    of selection.rows. See `attnpatch.executors` for kv and ctx.
     """
-    call = _call(q, kv, ctx, want_lse)
+    if selection.rows is not None:
+        q, kv, ctx = _rows(q, kv, selection.rows, ctx)
+    call = _call(q, kv, selection, ctx, want_lse)
+    if call.part:
+        ctx = _By(ctx, selection)
     name, _ = _decide(call, _backend or os.environ.get("ATTNPATCH_BACKEND") or None)
     return _RUN[name](q, kv, ctx, want_lse)

@@ -48,9 +48,9 @@ def _listed(index: torch.Tensor, meant: torch.Tensor, page: int, slots: int) -> 
 def selected(selection: Any, kv: Any, q_pos: torch.Tensor, heads: int) -> torch.Tensor:
     """bool [B, Hq, rows, S]: the pairs a Selection names, causality aside. q_pos int [B, rows] of its rows."""
     batch, rows, slots = kv.k.shape[0], q_pos.shape[1], kv.k.shape[2]
-    if selection.dense:
-        return torch.ones(batch, heads, rows, slots, dtype=torch.bool, device=kv.k.device)
     pos = _spread(kv.pos, batch, heads)[:, :, None]  # [B, Hq, 1, S]
+    if not selection.named:
+        return (pos >= selection.skip).expand(-1, -1, rows, -1)
     near = q_pos[:, None, :, None] - pos < selection.window  # [B, Hq, rows, S]
     seen = (pos < selection.sink) | near
     if selection.columns is not None:
@@ -63,7 +63,7 @@ def selected(selection: Any, kv: Any, q_pos: torch.Tensor, heads: int) -> torch.
         meant = torch.arange(index.shape[3], device=index.device) < count[..., None]
         lists = _listed(index, meant, selection.page, slots)  # [B, Hq, R, S]
         seen = seen | lists.repeat_interleave(selection.bq or rows, dim=2)[:, :, :rows]
-    return seen
+    return seen & (pos >= selection.skip)
 
 
 def run(
@@ -74,7 +74,7 @@ def run(
     Rows that the selection does not cover come out zero, with lse -inf.
     """
     seen = _per_query_head(visible(kv, ctx.q_pos, ctx.window, ctx.mask), q.shape[1])
-    if not selection.dense or selection.rows is not None:
+    if selection.named or selection.skip or selection.rows is not None:
         rows = selection.rows or slice(None)
         named = torch.zeros(q.shape[0], q.shape[1], q.shape[2], kv.k.shape[2], dtype=torch.bool, device=q.device)
         named[:, :, rows] = selected(selection, kv, ctx.q_pos[:, rows], q.shape[1])

@@ -1,0 +1,121 @@
+"""From what a method selects to attention output: run each term, write the first cover of a row, add later ones."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnpatch.decisions import Selection
+from attnpatch.errors import ConfigError
+from attnpatch.executors import dispatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnpatch.engine.cache import PatchLayer
+    from attnpatch.engine.call import KV, Call, Ctx
+    from attnpatch.patch import Patch
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+DENSE = Selection()
+
+
+def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, kv: KV, ctx: Ctx, lse: bool) -> Result:
+    """Attention of q [B, Hq, T, D] over what `patch` selects; (out [B, T, Hq, D], lse [B, Hq, T] if asked for)."""
+    layer.note = _not_now(patch, kv, ctx)
+    decision = None if layer.note else patch.select(q, kv, ctx)
+    if decision is None:
+        layer.note = layer.note or "dense: the method's own choice"
+        return dispatch.run(q, kv, DENSE, ctx, lse)
+    total = _Total(q, lse or patch.merges)
+    for term in _send_back(decision, total):
+        query = q if term.at is None else _turned(call, index, q, term, ctx)
+        total.add(term.rows, *dispatch.run(query, kv, term, ctx, total.want_lse))
+        layer.count(term, q.shape[2], kv.k.shape[2])
+    return total.result()
+
+
+def _not_now(patch: Patch, kv: KV, ctx: Ctx) -> str:
+    """Why this call runs dense without asking the method; "" = it is asked."""
+    if patch.needs_complete_kv and not kv.complete:
+        return "dense: earlier entries were evicted"
+    if patch.needs_complete_kv and kv.holes:
+        return "dense: a later turn of a padded batch"
+    return "dense: a 4-D attention mask" if ctx.mask is not None else ""
+
+
+def _turned(call: Call, index: int, q: Tensor, term: Selection, ctx: Ctx) -> Tensor:
+    """q with the rows of the term rotated to the positions `term.at`."""
+    rows = term.rows or slice(None)
+    by: Tensor = term.at - ctx.q_pos[:, rows]  # type: ignore[operator]
+    moved = call.plan.rope.turn(q[:, :, rows], index, by)
+    if term.rows is None:
+        return moved
+    whole = q.clone()
+    whole[:, :, rows] = moved
+    return whole
+
+
+def _send_back(decision: Any, total: _Total) -> Iterator[Selection]:
+    """The terms of a decision; a generator receives each term's (out, lse) as the value of its yield."""
+    if not isinstance(decision, Generator):
+        yield decision
+        return
+    try:
+        term = next(decision)
+        while True:
+            yield term
+            term = decision.send(total.last)
+    except StopIteration:
+        return
+
+
+class _Total:
+    """The sum of terms: rows covered once are copied, rows covered again are merged in fp32."""
+
+    def __init__(self, q: Tensor, want_lse: bool) -> None:
+        self.q, self.want_lse = q, want_lse
+        self.last: Any = None
+        self.out: Any = None  # [B, T, Hq, D]
+        self.lse: Any = None  # [B, Hq, T]
+        self.covered: list[tuple[int, int]] = []
+
+    def add(self, rows: slice | None, out: Tensor, lse: Tensor | None) -> None:
+        """out [B, rows, Hq, D], lse [B, Hq, rows]."""
+        self.last = (out, lse)
+        batch, heads, length, dim = self.q.shape
+        start, stop, _ = (rows or slice(None)).indices(length)
+        if self.out is None and (start, stop) == (0, length):
+            self.out, self.lse = out, lse
+        elif self.out is None:
+            self.out = out.new_zeros(batch, length, heads, out.shape[-1])
+            self.lse = None if lse is None else lse.new_full((batch, heads, length), float("-inf"))
+        if (start, stop) in self.covered:
+            self._merge(start, stop, out, lse)
+        elif any(start < b and a < stop for a, b in self.covered):
+            raise ConfigError("terms of one decision must cover the same query rows, or rows that do not overlap.")
+        elif self.out is not out:
+            self.out[:, start:stop] = out
+            if lse is not None:
+                self.lse[:, :, start:stop] = lse
+        self.covered.append((start, stop))
+
+    def _merge(self, start: int, stop: int, out: Tensor, lse: Any) -> None:
+        if lse is None:
+            raise ConfigError("terms that share query rows need `merges = True` on the patch.")
+        old = self.lse[:, :, start:stop]
+        both = torch.logaddexp(old, lse)
+        safe = both.masked_fill(both == float("-inf"), 0.0)  # a row that sees nothing in either stays zero
+        mine, theirs = ((x - safe).exp().transpose(1, 2)[..., None] for x in (old, lse))  # [B, r, Hq, 1]
+        merged = (self.out[:, start:stop].float() * mine + out.float() * theirs).to(out.dtype)
+        if (start, stop) == (0, self.q.shape[2]):
+            self.out, self.lse = merged, both
+        else:
+            self.out[:, start:stop], self.lse[:, :, start:stop] = merged, both
+
+    def result(self) -> Result:
+        if self.out is None:
+            raise ConfigError("a generator `select` must yield at least one Selection, or be no generator.")
+        return self.out, self.lse

@@ -1,0 +1,29 @@
+"""Which executor takes a Selection."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from attnpatch.executors import dense
+
+COARSE = 16  # query rows and keys of a list from which the block-sparse kernels take it
+
+
+def executor(selection: Any, rows: int) -> str:
+    """Name of the executor module for a Selection over `rows` queries."""
+    if selection.index is None and selection.columns is None:
+        return "dense"
+    return "pages" if rows > 1 and selection.bq >= COARSE and selection.page >= COARSE else "row_lists"
+
+
+def run(
+    q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of the rows that `selection` covers: out [B, rows, Hq, D], lse [B, Hq, rows] or None."""
+    if selection.index is None and selection.columns is None:
+        return dense.run(q, kv, selection, ctx, want_lse)
+    module = import_module(f"attnpatch.executors.{executor(selection, q.shape[2])}")
+    return module.run(q, kv, selection, ctx, want_lse)

@@ -45,7 +45,8 @@ class KeepSet:
 
     index: integer [B, H', M], ascending, H' in {1, Hkv}: slots that stay.
     count: integer [B, H'] or None: how many of the M are meant (rows shorter than the budget); None = all M.
-    drop:  integer [B, H', m]: slots overwritten by the newest entries, O(m); the layer shrinks by m.
+    drop:  integer [B, H', 1]: the slot that the newest entry overwrites, O(1); the layer shrinks by one slot.
+           -1 = none, for rows that hold fewer entries than slots.
     """
 
     index: torch.Tensor | None = None
@@ -59,8 +60,10 @@ class KeepSet:
             raise InputError("a KeepSet needs exactly one of index and drop.")
         if given.ndim != 3 or given.shape[0] != batch or given.shape[1] not in (1, kv_heads):
             raise InputError(f"KeepSet of shape {tuple(given.shape)}; expected [{batch}, 1 or {kv_heads}, M].")
-        if given.numel() and (int(given.min()) < 0 or int(given.max()) >= slots):
+        if given.numel() and (int(given.min()) < (0 if self.drop is None else -1) or int(given.max()) >= slots):
             raise InputError(f"KeepSet names slots outside 0..{slots - 1}.")
+        if self.drop is not None and self.drop.shape[-1] != 1:
+            raise InputError("KeepSet drop names one slot of each head; to drop several, give index.")
         if self.index is not None and self.count is None and bool((given.diff(dim=-1) <= 0).any()):
             raise InputError("KeepSet index must ascend without repeats.")
 
@@ -107,10 +110,10 @@ class KeepSet:
 
     @classmethod
     def drop_worst(cls, scores: torch.Tensor, pos: torch.Tensor, limit: torch.Tensor) -> KeepSet:
-        """One slot to overwrite in each head: the lowest score where a row holds more than `limit[b]`, else a hole.
+        """One slot to overwrite in each head: the lowest score where a row holds more than `limit[b]`, else none (-1).
 
         scores: fp32 [B, H', S], +inf = protected; pos: int [B, 1|H', S]; limit: int [B]. Ties drop the older token.
-        Never waits for the device; there must be a hole wherever a row is within its limit.
+        Never waits for the device; a row within its limit must have a free slot.
         """
         import torch
 
@@ -121,4 +124,4 @@ class KeepSet:
         worst = valid & (lowest == lowest.amin(-1, keepdim=True))
         far = torch.iinfo(pos.dtype).max
         oldest = torch.where(worst, pos, far).argmin(-1, keepdim=True)
-        return cls(drop=torch.where(over, oldest, pos.argmin(-1, keepdim=True)))
+        return cls(drop=torch.where(over, oldest, -1))

@@ -146,11 +146,11 @@ def test_drop_worst():
     assert KeepSet.drop_worst(torch.zeros(1, 1, 4), pos, torch.tensor([3])).drop.tolist() == [[[3]]]
 
 
-def test_drop_worst_takes_a_hole_where_the_row_has_room():
+def test_drop_worst_takes_nothing_where_the_row_has_room():
     pos = torch.tensor([[[0, 1, 2, 3]], [[0, 1, -1, 2]], [[0, -1, 1, 2]]])
     scores = torch.tensor([[0.0, 9, 9, 9], [0, 9, -5, 9], [7, -5, 6, 9]])[:, None]
     drop = KeepSet.drop_worst(scores, pos, torch.tensor([3, 3, 2])).drop
-    assert drop.flatten().tolist() == [0, 2, 2]  # worst, hole, worst (its limit is 2; a hole is never the worst)
+    assert drop.flatten().tolist() == [0, -1, 2]  # worst, none, worst (its limit is 2; a free slot is never the worst)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,8 @@ def test_drop_worst_takes_a_hole_where_the_row_has_room():
         (KeepSet(index=torch.zeros(1, 2, 1).long()), "shape"),
         (KeepSet(index=torch.zeros(2, 3, 1).long()), "shape"),
         (KeepSet(index=torch.full((2, 2, 1), 5)), "outside"),
-        (KeepSet(drop=torch.full((2, 2, 1), -1)), "outside"),
+        (KeepSet(drop=torch.full((2, 2, 1), -2)), "outside"),
+        (KeepSet(drop=torch.zeros(2, 2, 2).long()), "one slot"),
         (KeepSet(index=torch.tensor([1, 0]).expand(2, 2, 2)), "ascend"),
         (KeepSet(index=torch.tensor([1, 1]).expand(2, 1, 2)), "ascend"),
     ],

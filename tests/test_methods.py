@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from attnpatch.engine.call import KV, Ctx
 from attnpatch.errors import ConfigError, UnsupportedModelError
 from attnpatch.executors import column_sums
 
+UNPADDED = SimpleNamespace(padding=None)  # what a cache layer asks of a call
 ATOL = 5e-5  # fp32 rounding between stock eager and our executors on the tiny models' logits (magnitude 10 to 40)
 
 # ---- naive computations, from the specifications only --------------------------------------------------------------
@@ -256,7 +258,7 @@ def test_snapkv_8_order_of_kept_entries_is_irrelevant():
         for layer in other.layers:
             pos = layer.pos[..., order]
             layer.keys, layer.values = layer.keys[:, :, order], layer.values[:, :, order]
-            layer._set_pos(pos)
+            layer._set_pos(pos, layer._next)
         for step in prompt(1, 3, seed=8).split(1, 1):
             a, b = feed(model, step, cache=cache)[0], feed(model, step, cache=other)[0]
             torch.testing.assert_close(a, b, atol=ATOL, rtol=0)
@@ -756,10 +758,10 @@ def test_h2o_6_overwriting_a_slot_equals_gathering():
     for keep in (KeepSet(drop=drop), KeepSet(index=stay)):
         layer = PatchLayer()
         layer.update(k, v)
-        layer.append(k.clone(), v.clone(), None)
+        layer.append(k.clone(), v.clone(), UNPADDED)
         layer.state["score"] = torch.arange(36.0).view(2, 2, 9)
         layer.keep(keep, 1)
-        layer.append(k[:, :, :1], v[:, :, :1], None)
+        layer.append(k[:, :, :1], v[:, :, :1], UNPADDED)
         order = layer.pos.argsort(-1)
         wide = order[..., None].expand(-1, -1, -1, 4)
         values = [layer.pos.gather(-1, order), layer.state["score"].gather(-1, order)]

@@ -114,20 +114,21 @@ def _patched(
     cache: PatchCache = call.cache  # type: ignore[assignment]  # a PatchLayer comes from one
     ordinal = plan.ordinal.get(index)
     idle = ordinal is None or not plan.acts_on_steps
-    if event == "step" and idle and softcap is None and call.plain and not layer.holes:  # nothing to decide: be quick
-        layer.store(k, v)
-        out = dense.single(q, layer.keys, layer.values, scaling)
+    if event == "step" and idle and softcap is None and call.custom is None:  # nothing to decide: be quick
+        kv = layer.append(k, v, call)
+        out = dense.single(q, kv.k, kv.v, scaling, layer.count)
         if out is not None:
             return out
         ctx = _ctx(call, 0, 1, None, scaling, softcap)
-        return dispatch.run(q, KV(layer.keys, layer.values, None), DENSE, ctx)[0]
+        if kv.holes:
+            kv.pos, ctx.q_pos = layer.pos, call.q_pos(q.shape[0], q.device)
+        return dispatch.run(q, kv, DENSE, ctx)[0]
     cache.batch = q.shape[0]
     q_pos: Any = call.q_pos(q.shape[0], q.device) if call.padding is not None else None
     order = call.order(q.device)
     if order is not None:
         q, k, v = (x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (q, k, v))
-        q_pos = q_pos.gather(1, order)
-    kv = layer.append(k, v, q_pos)
+    kv = layer.append(k, v, call)
     if kv.holes:
         kv.pos = layer.pos
         q_pos = call.q_pos(q.shape[0], q.device) if q_pos is None else q_pos
@@ -164,7 +165,7 @@ def _may_evict(keeper: Patch | None, layer: PatchLayer, event: str, turn: int) -
 def _custom_mask(call: Call, layer: PatchLayer, order: Any, q: Tensor, keeper: Any) -> Tensor | None:
     if call.custom is None:
         return None
-    if not layer.complete or layer.holes or order is not None:
+    if not layer.complete or layer.count is not None or order is not None:
         raise UnsupportedModeError(
             "a 4-D attention mask (image blocks, packed sequences) cannot be applied to an evicted or padded cache; "
             "feed the images in the first turn, one prompt at a time."
@@ -206,7 +207,7 @@ def _decide(
 ) -> None:
     """Run the hooks and apply what they decide."""
     _complete(call, layer, kv, ctx, q)
-    ctx.lse, ctx.ragged = lse, layer.holes
+    ctx.lse, ctx.ragged = lse, layer.count is not None
     for patch in observers:
         patch.observe(q, kv, ctx)
     if keeper is None:

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attnpatch.decisions import KeepSet, Selection
-    from attnpatch.engine.call import Plan
+    from attnpatch.engine.call import Call, Plan
 
 
 class PatchLayer(DynamicLayer):
     """A full-attention layer that may hold fewer tokens than it has seen.
 
-    keys, values: [B, Hkv, S, D]. Positions are implicit while nothing was dropped and nothing is padded.
+    keys, values: [B, Hkv, S, D]. Row b (of head h) holds its entries in slots 0 .. count - 1, in any order of time;
+    what lies behind them is free. Positions are implicit (slot = position) until something is dropped.
     """
 
     is_croppable = False  # a dropped entry cannot come back
@@ -39,14 +40,16 @@ class PatchLayer(DynamicLayer):
 
     def _clear(self) -> None:
         self.seen = 0  # logical length, padding included
-        self._pos: Any = None  # int32 [B, 1|Hkv, S'] of the first S' slots; None = slot number
-        self._late = 0  # slots appended since, at positions next_pos, next_pos + 1 ...
-        self._next: Any = 0  # int, or [B, 1] when padded
-        self.holes = False  # some slot may be empty
+        self.count: Any = None  # int32 [B, 1|Hkv] entries of each row; None = all rows are full
+        self._pos: Any = None  # int32 [B, 1|Hkv, S'] of the entries at the last look; None = slot number
+        self._base: Any = None  # count at that look
+        self._next: Any = 0  # int or [B, 1]: position of the first entry after it; later ones follow on
+        self._late = 0  # slots appended since
+        self.mask: Any = None  # the last padding mask, bool [B, seen]
         self.complete = True  # nothing was evicted
         self.compressed_turn = -1
         self.tokens_since = 0  # tokens seen since the last eviction
-        self.state: dict[str, Tensor] = {}  # [B] follows rows, [B, H', S] follows rows and slots
+        self.state: dict[str, Tensor] = {}  # [B] follows rows, [B, H', S] follows rows and slots; 0 in free slots
         self.plain: dict[str, Any] = {}
         self.note = ""  # why the last call ran dense under a selecting method
         self.pages: Any = None  # pages attended so far, fp32 [B, H]; of `grid` causal ones
@@ -83,23 +86,32 @@ class PatchLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens (a negative count), as far back as the last eviction."""
-        count = -tokens_to_remove
-        if count < 0:
+        tokens = -tokens_to_remove
+        if tokens < 0:
             raise InputError(f"crop({tokens_to_remove}) must be negative: the number of newest tokens to remove.")
-        if count == 0 or not self.is_initialized:
+        if tokens == 0 or not self.is_initialized:
             return
-        if count > (self.seen if self.complete else self.tokens_since):
+        if tokens > (self.seen if self.complete else self.tokens_since):
             raise UnsupportedModeError(
                 f"crop({tokens_to_remove}) reaches behind the last eviction ({self.tokens_since} tokens ago); "
                 "dropped entries are gone. Start a new PatchCache, or crop less."
             )
-        pos = None if self._pos is None and not self.holes else self.pos[..., :-count]
-        self.keys, self.values = self.keys[:, :, :-count], self.values[:, :, :-count]
-        self._tokens(lambda t: t[:, :, :-count])
-        self._set_pos(pos)
-        self.seen -= count
-        self.tokens_since = max(0, self.tokens_since - count)
-        self._next = self._next - count if isinstance(self._next, int) else self.pos.amax(-1)[:, :1] + 1
+        pos, left = self.pos, self.held - tokens
+        if self.count is not None:
+            gone = tokens if self.mask is None else self.mask[:, -tokens:].sum(-1, keepdim=True, dtype=torch.int32)
+            self.count = self.count - gone
+            self.mask = None if self.mask is None else self.mask[:, :-tokens]
+            left = int(self.count.max())  # a crop may wait for the device
+        self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
+        self._tokens(lambda t: t[:, :, :left])
+        self._zero_free()
+        if self._pos is not None:  # what was cropped is newer than what stays
+            pos = pos[..., :left]
+            if self.count is not None:
+                pos = pos.masked_fill(torch.arange(left, device=pos.device) >= self.count[..., None], -1)
+            self._set_pos(pos, pos.amax(-1)[:, :1] + 1)
+        self.seen -= tokens
+        self.tokens_since = max(0, self.tokens_since - tokens)
         self._spare = self.tail = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -120,7 +132,9 @@ class PatchLayer(DynamicLayer):
             return
         self.keys, self.values = pick(self.keys), pick(self.values)
         self._pos = None if self._pos is None else pick(self._pos)
-        self._next = self._next if isinstance(self._next, int) else pick(self._next)
+        for name in ("count", "_base", "_next", "mask"):
+            value = getattr(self, name)
+            setattr(self, name, pick(value) if isinstance(value, torch.Tensor) else value)
         self.state = {n: pick(t) for n, t in self.state.items()}
         self.tail = None if self.tail is None else (pick(self.tail[0]), pick(self.tail[1]))
         self._spare = None
@@ -132,48 +146,53 @@ class PatchLayer(DynamicLayer):
         return self.keys.shape[2] if self.is_initialized else 0
 
     @property
+    def aligned(self) -> bool:
+        """Whether slots are positions."""
+        return self._pos is None
+
+    @property
     def pos(self) -> Tensor:
-        """int32 [B, 1|Hkv, S] true positions of the slots, -1 = empty."""
-        device, batch = self.keys.device, self.keys.shape[0]
+        """int32 [B, 1|Hkv, S] true positions of the slots, -1 = free."""
+        slot = torch.arange(self.held, device=self.keys.device, dtype=torch.int32)
         if self._pos is None:
-            return torch.arange(self.held, device=device, dtype=torch.int32).expand(batch, 1, -1)
+            pos = slot.expand(self.keys.shape[0], 1, -1)
+            return pos if self.count is None else torch.where(slot < self.count[..., None], pos, -1)
         if self._late:
-            late = torch.arange(self._late, device=device, dtype=torch.int32) + self._next - self._late  # [L] | [B, L]
-            late = late.expand(batch, -1)[:, None].expand(-1, self._pos.shape[1], -1)
-            self._pos, self._late = torch.cat([self._pos, late.to(torch.int32)], dim=-1), 0
+            behind = self._next[:, None] if isinstance(self._next, torch.Tensor) else self._next  # [B, 1, 1]
+            base = self._pos.shape[-1] if self._base is None else self._base[..., None]
+            known = torch.nn.functional.pad(self._pos, (0, self.held - self._pos.shape[-1]))
+            pos = torch.where(slot < base, known, slot - base + behind).to(torch.int32)
+            if self.count is not None:
+                pos = torch.where(slot < self.count[..., None], pos, -1)
+            late: Any = self._late if self.count is None else (self.count[..., None] - base)[:, 0]  # alike in all heads
+            self._set_pos(pos, self._next + late)
         return self._pos
 
-    def _set_pos(self, pos: Tensor | None) -> None:
-        self._pos, self._late = pos, 0
+    def _set_pos(self, pos: Tensor | None, following: Any) -> None:
+        self._pos, self._base, self._next, self._late = pos, self.count, following, 0
 
-    def append(self, k: Tensor, v: Tensor, q_pos: Tensor | None) -> KV:
-        """Store k, v [B, Hkv, T, D]; q_pos [B, T] only when padded (-1 = padding). Returns the view to attend."""
-        first, padded = self.held == 0, q_pos is not None
-        if q_pos is not None:
-            heads = self._pos.shape[1] if self._pos is not None else 1
-            late = q_pos[:, None].expand(-1, heads, -1).to(torch.int32)
-            pad = (q_pos < 0)[:, None, :, None]
-            k, v = k.masked_fill(pad, 0), v.masked_fill(pad, 0)  # empty slots hold zeros: nothing leaks from them
-            self._set_pos(late if first else torch.cat([self.pos, late], dim=-1))
-            self._next = q_pos.amax(-1, keepdim=True).clamp(min=-1) + 1 if first else None
-            if self._next is None:
-                self._next = self._pos.amax(-1)[:, :1] + 1
-        self.store(k, v, positioned=padded)
-        # the pads of a first chunk lie behind causality: plain causal is right for it
-        holes = self.holes or (padded and not first)
-        view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.plain, clean=True)
-        view.ordered = self.complete and not holes
-        self.holes |= padded
-        return view
-
-    def store(self, k: Tensor, v: Tensor, positioned: bool = False) -> None:
-        """Add k, v [B, Hkv, T, D] behind what is held; they follow on unless their positions are already noted."""
-        held, new = self.keys.shape[2], k.shape[2]
+    def append(self, k: Tensor, v: Tensor, call: Call) -> KV:
+        """Store k, v [B, Hkv, T, D], real tokens first; the view to attend. Never waits for the device."""
+        first, new = self.held == 0, k.shape[2]
+        if call.padding is None and self.count is None:
+            self._join(k, v)
+        elif first:
+            pad = torch.arange(new, device=k.device)[:, None] >= call.total[:, None, :, None]  # [B, 1, T, 1]
+            self.keys, self.values = k.masked_fill(pad, 0), v.masked_fill(pad, 0)
+            self.count, self.mask = call.total, call.padding
+        else:
+            self._scatter(k, v, call)
         self.seen += new
         self.tokens_since += new
-        if not positioned:
-            self._late += new if self._pos is not None else 0
-            self._next = self._next + new
+        self._late += new
+        # the pads of a first chunk lie behind causality: plain causal is right for it
+        holes = self.count is not None and not first
+        view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.plain, clean=True)
+        view.ordered = self.aligned and not holes
+        return view
+
+    def _join(self, k: Tensor, v: Tensor) -> None:
+        held, new = self.keys.shape[2], k.shape[2]
         if self._spare is not None and new == 1:
             buffer_k, buffer_v = self._spare  # [B, Hkv, held + 1, D]
             buffer_k[:, :, held:] = k
@@ -184,48 +203,79 @@ class PatchLayer(DynamicLayer):
         else:
             self.keys, self.values = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
         self._spare = None
-        if self.state:
-            self._tokens(lambda t: torch.nn.functional.pad(t, (0, new)))
+        self._tokens(lambda t: torch.nn.functional.pad(t, (0, new)))
+
+    def _scatter(self, k: Tensor, v: Tensor, call: Call) -> None:
+        """Rows end at different slots: each goes on behind its own last entry."""
+        batch, heads, new, _ = k.shape
+        if self.count is None:
+            pos = None if self.aligned else self.pos
+            self.count = torch.full((batch, 1), self.held, dtype=torch.int32, device=k.device)
+            self._set_pos(pos, self._next)
+        elif call.padding is None:  # the model numbers tokens as fed then, pads included
+            self._set_pos(self.pos, call.before)
+        slots = self.count[..., None].long() + torch.arange(new, device=k.device)  # [B, 1|H, T]
+        index = slots.expand(batch, heads, -1)[..., None]
+        self._join(k, v)
+        self.keys.scatter_(2, index.expand_as(k), k)
+        self.values.scatter_(2, index.expand_as(v), v)
+        self.count = call.total if self.complete and self.aligned else self.count + call.fresh
+        self.mask = call.padding
 
     def _tokens(self, change: Any) -> None:
         """Apply a slot operation to the token-axis state."""
         self.state = {n: change(t) if t.ndim == 3 else t for n, t in self.state.items()}
 
+    def _zero_free(self) -> None:
+        if self.count is not None and self.state:
+            free = torch.arange(self.held, device=self.keys.device) >= self.count[..., None]
+            self._tokens(lambda t: t.masked_fill(free, 0))
+
     def keep(self, keep: KeepSet, turn: int) -> None:
         """Apply a decision at once: gather what stays, or overwrite what goes."""
-        heads = self.keys.shape[1]
+        heads, pos = self.keys.shape[1], self.pos
+        following = self._next if self._pos is not None else self.held if self.count is None else self.count
         if keep.drop is not None:
-            self._overwrite(keep.drop)
+            self._overwrite(keep.drop, pos, following)
         elif keep.index is not None:
             index = keep.index.expand(-1, heads, -1)  # [B, Hkv, M]
-            pos = self.pos.expand(-1, heads, -1).gather(-1, index)
-            if keep.count is not None:
-                meant = torch.arange(index.shape[-1], device=index.device) < keep.count[..., None]
-                pos = torch.where(meant, pos, -1)
+            pos = pos.expand(-1, heads, -1).gather(-1, index)
+            self.count = None if keep.count is None else keep.count.to(torch.int32)
+            if self.count is not None:
+                pos = torch.where(torch.arange(index.shape[-1], device=index.device) < self.count[..., None], pos, -1)
             self.keys, self.values = _gather(self.keys, index), _gather(self.values, index)
             self._tokens(lambda t: t.gather(-1, index[:, : t.shape[1]]))
-            self._set_pos(pos)
-            self.holes, self._spare = keep.count is not None, None
+            self._zero_free()
+            self._set_pos(pos, following)
+            self._spare = None
         self.complete, self.compressed_turn, self.tokens_since = False, turn, 0
 
-    def _overwrite(self, drop: Tensor) -> None:
-        """The newest m entries move into the dropped slots, O(m); the freed slots serve the next append."""
-        heads, m = self.keys.shape[1], drop.shape[-1]
-        drop = drop.expand(-1, heads, -1)  # [B, Hkv, m]
-        left = self.held - m
-        pos = self.pos.expand(-1, heads, -1).contiguous()
-        pos = pos.scatter(-1, drop, pos[..., left:])[..., :left]
-        # a dropped slot among the newest m is overwritten by itself or cut off: callers drop one slot a step
-        wide = drop[..., None].expand(-1, -1, -1, self.keys.shape[-1])
-        keys, values = self.keys, self.values
-        keys.scatter_(2, wide, keys[:, :, left:].clone())
-        values.scatter_(2, drop[..., None].expand(-1, -1, -1, values.shape[-1]), values[:, :, left:].clone())
-        self._tokens(lambda t: t.scatter(-1, drop[:, : t.shape[1]], t[..., left:])[..., :left])
-        self._spare = (keys, values) if m == 1 else None
-        self.keys, self.values = keys[:, :, :left], values[:, :, :left]
-        self._set_pos(pos)
+    def _overwrite(self, drop: Tensor, pos: Tensor, following: Any) -> None:
+        """The newest entry moves into the dropped slot, O(1); the freed slot serves the next append."""
+        heads, slots = self.keys.shape[1:3]
+        if drop.shape[-1] != 1:
+            raise InputError("KeepSet drop names one slot of each head; to drop several, give index.")
+        drop = drop.expand(-1, heads, -1)  # [B, Hkv, 1]
+        if self.count is None:
+            newest = torch.full_like(drop, slots - 1)
+        else:
+            newest = self.count.expand(-1, heads)[..., None].long() - 1
+            self.count = (newest + (drop < 0))[..., 0].to(torch.int32)
+        drop = torch.where(drop < 0, newest, drop)
+        for x in (self.keys, self.values):
+            wide = [i[..., None].expand(-1, -1, -1, x.shape[-1]) for i in (drop, newest)]
+            x.scatter_(2, wide[0], x.gather(2, wide[1]))
+        pos = pos.expand(-1, heads, -1)
+        pos = pos.scatter(-1, drop, pos.gather(-1, newest))[..., : slots - 1]
+        if self.count is not None:
+            pos = pos.masked_fill(torch.arange(slots - 1, device=pos.device) >= self.count[..., None], -1)
+        self._tokens(lambda t: t.scatter(-1, drop[:, : t.shape[1]], t.gather(-1, newest[:, : t.shape[1]]))[..., :-1])
+        self._spare = (self.keys, self.values)
+        self.keys, self.values = self.keys[:, :, :-1], self.values[:, :, :-1]
+        self._zero_free()
+        self._set_pos(pos, following)
 
-    def count(self, term: Selection, rows: int, slots: int) -> None:
+    def record(self, term: Selection, rows: int, slots: int) -> None:
         """Add a term's listed pages to the layer's density; the host does not wait."""
         if term.index is None or not term.bq:
             return

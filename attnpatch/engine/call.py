@@ -141,6 +141,7 @@ class Call:
         self.custom: Tensor | None = None  # bool [B, 1, T, S]
         self.ready = False
         self._order: Tensor | None = None
+        self._q_pos: Tensor | None = None
         self.event = cache.begin(length, self.before) if cache is not None else "prompt"
 
     @property
@@ -171,12 +172,26 @@ class Call:
             return
         self.padding = mask
 
+    @cached_property
+    def total(self) -> Tensor:
+        """int32 [B, 1] real tokens of each row up to and with this call. Only where there is padding."""
+        return self.padding.sum(-1, keepdim=True, dtype=torch.int32)  # type: ignore[union-attr]
+
+    @cached_property
+    def fresh(self) -> Any:
+        """Real tokens of each row in this call: int32 [B, 1], or the length where there is no padding."""
+        if self.padding is None:
+            return self.length
+        return self.padding[:, self.before :].sum(-1, keepdim=True, dtype=torch.int32)
+
     def q_pos(self, batch: int, device: torch.device) -> Tensor:
-        """True positions [B, T] in the fed order, -1 for padding."""
+        """True positions [B, T], -1 for padding: in the fed order, or real tokens first where `order` moves them."""
         if self.padding is None:
             return torch.arange(self.before, self.after, device=device).expand(batch, -1)
-        real = self.padding.to(device)
-        return torch.where(real, real.long().cumsum(-1) - 1, -1)[:, self.before :]
+        if self._q_pos is None:
+            t = torch.arange(self.length, device=self.padding.device)
+            self._q_pos = torch.where(t < self.fresh, self.total - self.fresh + t, -1)
+        return self._q_pos.to(device)
 
     def order(self, device: torch.device) -> Tensor | None:
         """[B, T] permutation that brings each row's real tokens to the front; None when nothing moves."""

@@ -33,7 +33,7 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
     for term in _send_back(decision, total):
         query = q if term.at is None else _turned(call, index, q, term, ctx)
         total.add(term.rows, *dispatch.run(query, kv, term, ctx, total.want_lse))
-        layer.count(term, q.shape[2], kv.k.shape[2])
+        layer.record(term, q.shape[2], kv.k.shape[2])
     return total.result()
 
 

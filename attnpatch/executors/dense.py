@@ -396,21 +396,45 @@ def backends() -> list[tuple[str, bool, str]]:
     return [(name, (why := why_not(call)) is None, why or "usable") for name, why_not in _WHY_NOT.items()]
 
 
-def single(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor | None:
-    """The hot path of decoding: q [B, Hq, 1, D] over all of k, v [B, Hkv, S, D] -> [B, 1, Hq, D].
+def single(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, count: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """The hot path of decoding: q [B, Hq, 1, D] over k, v [B, Hkv, S, D] -> [B, 1, Hq, D].
 
-    What `run` computes by its "flash" and "sdpa" backends, with nothing around it; None where a backend is forced.
+    count: int32 [B, 1|Hkv] keys of each row (and head), from slot 0 on; None = all S. What `run` computes by its
+    "flash" and "sdpa" backends, with nothing around it; None where a backend is forced.
     """
     if "ATTNPATCH_BACKEND" in os.environ:
         return None
     batch, heads, _, dim = q.shape
-    rows = q.view(batch, k.shape[1], -1, dim) if q.is_contiguous() else _pack(q, k.shape[1])  # [B, Hkv, G, D]
+    kv_heads, slots = k.shape[1:3]
+    rows = q.view(batch, kv_heads, -1, dim) if q.is_contiguous() else _pack(q, kv_heads)  # [B, Hkv, G, D]
     if q.device.type == "cuda":  # as in _run_flash
-        if q.dtype not in (torch.float16, torch.bfloat16) or dim % 8 or dim > 256 or _capability(q.device) < 8:
+        if q.dtype not in HALF or dim % 8 or dim > 256 or _capability(q.device) < 8:
             return None
+        if count is not None:
+            return _single_ragged(rows, k, v, scaling, count).view(batch, 1, heads, -1)
         out = torch.ops.aten._scaled_dot_product_flash_attention(rows, k, v, 0.0, False, scale=scaling)[0]
         return out.reshape(batch, 1, heads, -1)
-    return F.scaled_dot_product_attention(rows, k, v, scale=scaling).view(batch, 1, heads, -1)
+    seen = None
+    if count is not None:
+        seen = torch.arange(slots, device=k.device) < count[..., None, None]  # [B, 1|Hkv, 1, S]
+        seen = seen.expand(-1, -1, rows.shape[2], -1)
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scaling).view(batch, 1, heads, -1)
+
+
+def _single_ragged(
+    rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, count: torch.Tensor
+) -> torch.Tensor:
+    """One sequence for each (row, KV head): rows [B, Hkv, G, D] over the first `count` keys -> [B*Hkv, G, D]."""
+    batch, kv_heads, slots, dim = k.shape
+    sequences = batch * kv_heads
+    starts = torch.arange(sequences + 1, device=k.device, dtype=torch.int32)
+    used = count.expand(batch, kv_heads).reshape(-1).to(torch.int32)
+    return torch.ops.aten._flash_attention_forward(
+        rows.reshape(sequences, -1, dim), k.reshape(-1, 1, dim), v.reshape(-1, 1, v.shape[-1]),
+        starts, starts * slots, 1, slots, 0.0, False, False, scale=scaling, seqused_k=used,
+    )[0]  # fmt: skip
 
 
 def run(

@@ -407,3 +407,38 @@ def test_verify(model):
     result = attnpatch.verify(model, "snapkv")
     assert result.ok and "worst: layer" in str(result)
     assert not hasattr(model, "_attnpatch")
+
+
+def test_generate_knows_its_mask_and_padded_rows_hold_counts(model):
+    """A mask of ones costs nothing in generate; a padded row appends behind its own last entry."""
+    ids, mask = prompt(2), torch.ones(2, 40).long()
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        cache = attnpatch.PatchCache(model)
+        greedy(model, ids, attention_mask=mask, **{CACHE: cache})
+        assert all(layer.count is None for layer in cache.layers) and not cache.generating
+    mask[1, :13] = 0
+    with attnpatch.patched(model, "snapkv", **{**SNAP, "budget": 400}):
+        cache = attnpatch.PatchCache(model)
+        greedy(model, ids, attention_mask=mask, **{CACHE: cache})
+        for layer in cache.layers:
+            assert layer.count.flatten().tolist() == [45, 32] and layer.aligned
+            assert layer.pos[1, 0].tolist() == [*range(32), *[-1] * 13]
+
+
+def test_a_row_may_pause_while_others_go_on(model):
+    """A step whose mask is 0 for a finished row stores nothing there: the row goes on later as if never paused."""
+    ids, more = prompt(2), prompt(2, 4, seed=8)
+    with attnpatch.patched(model, "h2o", budget=16), torch.no_grad():
+        cache, alone = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
+        mask = torch.ones(2, 40).long()
+        model(ids, attention_mask=mask, **{CACHE: cache})
+        expected = [model(ids[1:], **{CACHE: alone}).logits]
+        for step, real in enumerate((1, 0, 0, 1)):
+            mask = torch.cat([mask, torch.tensor([[1], [real]])], 1)
+            pos = (mask.cumsum(-1) - 1)[:, -1:]
+            got = model(more[:, step : step + 1], attention_mask=mask, position_ids=pos, **{CACHE: cache}).logits
+            if real:
+                expected.append(model(more[1:, step : step + 1], **{CACHE: alone}).logits)
+                torch.testing.assert_close(got[1:], expected[-1], atol=5e-5, rtol=0)
+        layer, single = cache.layers[0], alone.layers[0]
+        assert layer.pos[1].sort(-1).values[..., -16:].tolist() == single.pos[0].sort(-1).values.tolist()

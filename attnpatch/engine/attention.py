@@ -116,7 +116,7 @@ def _patched(
     idle = ordinal is None or not plan.acts_on_steps
     if event == "step" and idle and softcap is None and call.custom is None:  # nothing to decide: be quick
         kv = layer.append(k, v, call)
-        out = dense.single(q, kv.k, kv.v, scaling, layer.count)
+        out = dense.single(q, kv.k, kv.v, scaling, call.row_lengths(layer))
         if out is not None:
             return out
         ctx = _ctx(call, 0, 1, None, scaling, softcap)

@@ -177,9 +177,9 @@ class PatchLayer(DynamicLayer):
         if call.padding is None and self.count is None:
             self._join(k, v)
         elif first:
-            pad = torch.arange(new, device=k.device)[:, None] >= call.total[:, None, :, None]  # [B, 1, T, 1]
+            self.count, self.mask = call.total.to(k.device), call.padding
+            pad = torch.arange(new, device=k.device)[:, None] >= self.count[:, None, :, None]  # [B, 1, T, 1]
             self.keys, self.values = k.masked_fill(pad, 0), v.masked_fill(pad, 0)
-            self.count, self.mask = call.total, call.padding
         else:
             self._scatter(k, v, call)
         self.seen += new
@@ -214,12 +214,16 @@ class PatchLayer(DynamicLayer):
             self._set_pos(pos, self._next)
         elif call.padding is None:  # the model numbers tokens as fed then, pads included
             self._set_pos(self.pos, call.before)
-        slots = self.count[..., None].long() + torch.arange(new, device=k.device)  # [B, 1|H, T]
+        alike = self.complete and self.aligned and call.padding is not None
+        if alike:
+            slots = call.slots[:, None].to(k.device)  # [B, 1|H, T]
+        else:
+            slots = self.count[..., None].long() + torch.arange(new, device=k.device)
         index = slots.expand(batch, heads, -1)[..., None]
         self._join(k, v)
         self.keys.scatter_(2, index.expand_as(k), k)
         self.values.scatter_(2, index.expand_as(v), v)
-        self.count = call.total if self.complete and self.aligned else self.count + call.fresh
+        self.count = call.total.to(k.device) if alike else self.count + call.fresh.to(k.device)
         self.mask = call.padding
 
     def _tokens(self, change: Any) -> None:
@@ -345,6 +349,13 @@ class PatchCache(DynamicCache):
         self.turn = 0
         self.prompt_end = prompt_length or 0
         self.batch = 1
+        self.padded = False  # some token fed so far was padding
+        self.generating = False
+
+    @property
+    def grows_by_ones(self) -> bool:
+        """Whether the mask of a decode step is known to be all ones: nothing was padded, and generate appends ones."""
+        return self.generating and not self.padded
 
     def expect(self, prompt_length: int) -> None:
         """Declare where the coming prompt ends, counted in all tokens seen: eviction waits for its last chunk."""
@@ -366,7 +377,7 @@ class PatchCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.turn, self.prompt_end, self._in_prompt = 0, 0, False
+        self.turn, self.prompt_end, self._in_prompt, self.padded = 0, 0, False, False
 
     def activate_past_recording(self) -> None:
         PatchLayer.activate_past_recording(self.layers[0])  # type: ignore[arg-type]

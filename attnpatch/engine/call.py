@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnpatch.errors import ConfigError, InputError
+from attnpatch.executors import dense
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from attnpatch.budget import Budget
-    from attnpatch.engine.cache import PatchCache
+    from attnpatch.engine.cache import PatchCache, PatchLayer
     from attnpatch.engine.families import LayerFact
     from attnpatch.patch import Patch
 
@@ -142,6 +143,7 @@ class Call:
         self.ready = False
         self._order: Tensor | None = None
         self._q_pos: Tensor | None = None
+        self._lengths: dict[Any, Any] = {}
         self.event = cache.begin(length, self.before) if cache is not None else "prompt"
 
     @property
@@ -166,11 +168,15 @@ class Call:
                 f"attention_mask covers {mask.shape[1]} tokens, but {self.after} have been seen; "
                 "pass the mask of all tokens, earlier turns included."
             )
+        if self.event == "step" and self.cache is not None and self.cache.grows_by_ones:
+            return
         mask = mask[:, : self.after].bool()
         # one wait per prompt chunk, none per decode step or under compile
-        if self.length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
+        if self.event != "step" and not torch.compiler.is_compiling() and bool(mask.all()):
             return
         self.padding = mask
+        if self.cache is not None:
+            self.cache.padded = True
 
     @cached_property
     def total(self) -> Tensor:
@@ -178,11 +184,26 @@ class Call:
         return self.padding.sum(-1, keepdim=True, dtype=torch.int32)  # type: ignore[union-attr]
 
     @cached_property
-    def fresh(self) -> Any:
-        """Real tokens of each row in this call: int32 [B, 1], or the length where there is no padding."""
+    def fresh(self) -> Tensor:
+        """Real tokens of each row in this call: int32 [B, 1], or [] where there is no padding."""
         if self.padding is None:
-            return self.length
+            return torch.tensor(self.length, dtype=torch.int32)
         return self.padding[:, self.before :].sum(-1, keepdim=True, dtype=torch.int32)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[B, T] slots of the new tokens where slots are positions. Only where there is padding."""
+        t = torch.arange(self.length, device=self.padding.device)  # type: ignore[union-attr]
+        return self.total.long() - self.fresh + t
+
+    def row_lengths(self, layer: PatchLayer) -> Any:
+        """`dense.row_lengths` of a layer, or None; layers that hold the same share it within the forward."""
+        if layer.count is None:
+            return None
+        key = (id(layer.count), layer.keys.shape, layer.keys.device)  # the layer keeps `count` alive
+        if key not in self._lengths:
+            self._lengths[key] = dense.row_lengths(layer.count, layer.keys)
+        return self._lengths[key]
 
     def q_pos(self, batch: int, device: torch.device) -> Tensor:
         """True positions [B, T], -1 for padding: in the fed order, or real tokens first where `order` moves them."""
@@ -190,7 +211,7 @@ class Call:
             return torch.arange(self.before, self.after, device=device).expand(batch, -1)
         if self._q_pos is None:
             t = torch.arange(self.length, device=self.padding.device)
-            self._q_pos = torch.where(t < self.fresh, self.total - self.fresh + t, -1)
+            self._q_pos = torch.where(t < self.fresh, self.slots, -1)
         return self._q_pos.to(device)
 
     def order(self, device: torch.device) -> Tensor | None:

@@ -33,7 +33,11 @@ class _Wrapped:
         cache, kwargs = self.handle.prepare_generate(args, kwargs)
         # the cache goes in as an argument: generate would build its own otherwise
         kwargs[compat.cache_name()] = cache
-        result = self.original(*args, **kwargs)
+        cache.generating = True
+        try:
+            result = self.original(*args, **kwargs)
+        finally:
+            cache.generating = False
         self.handle.summary = [summarise(layer) for layer in cache.layers]
         return result
 

@@ -397,44 +397,42 @@ def backends() -> list[tuple[str, bool, str]]:
 
 
 def single(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, count: torch.Tensor | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, rows: tuple[torch.Tensor, ...] | None = None
 ) -> torch.Tensor | None:
     """The hot path of decoding: q [B, Hq, 1, D] over k, v [B, Hkv, S, D] -> [B, 1, Hq, D].
 
-    count: int32 [B, 1|Hkv] keys of each row (and head), from slot 0 on; None = all S. What `run` computes by its
-    "flash" and "sdpa" backends, with nothing around it; None where a backend is forced.
+    rows: `row_lengths` of k where rows hold different numbers of keys; None = all S. What `run` computes by its "flash"
+    and "sdpa" backends, with nothing around it; None where a backend is forced.
     """
     if "ATTNPATCH_BACKEND" in os.environ:
         return None
     batch, heads, _, dim = q.shape
-    kv_heads, slots = k.shape[1:3]
-    rows = q.view(batch, kv_heads, -1, dim) if q.is_contiguous() else _pack(q, kv_heads)  # [B, Hkv, G, D]
-    if q.device.type == "cuda":  # as in _run_flash
-        if q.dtype not in HALF or dim % 8 or dim > 256 or _capability(q.device) < 8:
-            return None
-        if count is not None:
-            return _single_ragged(rows, k, v, scaling, count).view(batch, 1, heads, -1)
-        out = torch.ops.aten._scaled_dot_product_flash_attention(rows, k, v, 0.0, False, scale=scaling)[0]
+    kv_heads = k.shape[1]
+    packed = q.view(batch, kv_heads, -1, dim) if q.is_contiguous() else _pack(q, kv_heads)  # [B, Hkv, G, D]
+    if q.device.type != "cuda":
+        seen = None if rows is None else rows[0].expand(-1, -1, packed.shape[2], -1)
+        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scaling)
+        return out.view(batch, 1, heads, -1)
+    if q.dtype not in HALF or dim % 8 or dim > 256 or _capability(q.device) < 8:  # as in _run_flash
+        return None
+    if rows is None:
+        out = torch.ops.aten._scaled_dot_product_flash_attention(packed, k, v, 0.0, False, scale=scaling)[0]
         return out.reshape(batch, 1, heads, -1)
-    seen = None
-    if count is not None:
-        seen = torch.arange(slots, device=k.device) < count[..., None, None]  # [B, 1|Hkv, 1, S]
-        seen = seen.expand(-1, -1, rows.shape[2], -1)
-    return F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scaling).view(batch, 1, heads, -1)
-
-
-def _single_ragged(
-    rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, count: torch.Tensor
-) -> torch.Tensor:
-    """One sequence for each (row, KV head): rows [B, Hkv, G, D] over the first `count` keys -> [B*Hkv, G, D]."""
-    batch, kv_heads, slots, dim = k.shape
-    sequences = batch * kv_heads
-    starts = torch.arange(sequences + 1, device=k.device, dtype=torch.int32)
-    used = count.expand(batch, kv_heads).reshape(-1).to(torch.int32)
-    return torch.ops.aten._flash_attention_forward(
-        rows.reshape(sequences, -1, dim), k.reshape(-1, 1, dim), v.reshape(-1, 1, v.shape[-1]),
-        starts, starts * slots, 1, slots, 0.0, False, False, scale=scaling, seqused_k=used,
+    starts, offsets, used = rows  # every (row, KV head) is a sequence of its own
+    out = torch.ops.aten._flash_attention_forward(
+        packed.flatten(0, 1), k.reshape(-1, 1, dim), v.reshape(-1, 1, v.shape[-1]),
+        starts, offsets, 1, k.shape[2], 0.0, False, False, scale=scaling, seqused_k=used,
     )[0]  # fmt: skip
+    return out.view(batch, 1, heads, -1)
+
+
+def row_lengths(count: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """For `single`: count int32 [B, 1|Hkv] of k [B, Hkv, S, D] as the kernel here takes it; layers alike share it."""
+    batch, kv_heads, slots, _ = k.shape
+    if k.device.type != "cuda":
+        return ((torch.arange(slots, device=k.device) < count[..., None, None]),)  # [B, 1|Hkv, 1, S]
+    starts = torch.arange(batch * kv_heads + 1, device=k.device, dtype=torch.int32)
+    return starts, starts * slots, count.expand(batch, kv_heads).reshape(-1)
 
 
 def run(

@@ -12,5 +12,9 @@ ctx:  `scaling`, `softcap`, `window`, `q_pos` int [B, T] (-1 = padding query), `
 out:  [B, T, Hq, D] in q's dtype; lse: [B, Hq, T] fp32 (fp64 for fp64 inputs), natural, over scaled soft-capped logits;
       -inf (and a zero output) for a row without visible keys.
 
+With `selection.rows`, `pages` computes those rows only: out [B, rows, Hq, D], lse [B, Hq, rows]. `naive` returns all T
+rows, zeros (lse -inf) where the selection does not reach; `dense` does not read the selection.
+`backends` names the backends of all executors and picks among one's own by capability; `lists` makes page lists.
+
 This package imports neither flash_attn nor triton at import time.
 """

@@ -1,6 +1,7 @@
 """Dense causal attention by the fastest backend that is right for the call. `choose` says which one, and why.
 
 Set ATTNPATCH_BACKEND to one of fa4, cudnn, flash, sdpa, torch to force a backend; a call it cannot do is an error.
+A name that only another executor knows (see `backends.NAMES`) leaves the choice as it is.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from copy import copy
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,12 @@ import torch.nn.functional as F
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, VersionError
+from attnpatch.executors.backends import HALF, first_fit
+from attnpatch.executors.backends import capability as _capability
+from attnpatch.executors.backends import fa4 as _fa4
+from attnpatch.executors.backends import no_cuda_half as _no_cuda_half
 from attnpatch.executors.column_sums import matmul, operand, rows_per_block
 
-HALF = (torch.float16, torch.bfloat16)
 SDPA_ROWS = 1024
 """Query rows (times heads per kv head) of one masked SDPA block."""
 TORCH_ROWS = 512
@@ -45,20 +48,6 @@ class _Call(NamedTuple):
     want_lse: bool
 
 
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-
-
-@lru_cache(maxsize=1)
-def _fa4() -> Callable[..., Any] | None:
-    """flash_attn.cute.flash_attn_func where FlashAttention 4 is installed."""
-    try:
-        from flash_attn.cute import flash_attn_func
-    except ImportError:
-        return None
-    return flash_attn_func
-
-
 def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> _Call:
     rows = q.shape[2]
     return _Call(
@@ -78,22 +67,6 @@ def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) ->
 
 
 # ---- what stands in the way of a backend, or None ----
-
-
-def _no_cuda_half(c: _Call, capability: int, dim: int) -> str | None:
-    """What the CUDA half-precision kernels share."""
-    if c.device != "cuda" or c.capability < capability:
-        here = f"capability {c.capability}" if c.device == "cuda" else c.device
-        return f"needs CUDA capability >= {capability}, this is {here}"
-    if c.dtype not in HALF:
-        return f"needs float16 or bfloat16, this is {str(c.dtype).removeprefix('torch.')}"
-    if c.dim > dim or c.dim % 8:
-        return f"needs a head dimension that is a multiple of 8 up to {dim}, this is {c.dim}"
-    if c.holes:
-        return "cannot skip empty slots (padding or a ragged cache)"
-    if c.part:
-        return "cannot leave keys out by position"
-    return "takes no 4-D mask" if c.mask else None
 
 
 def _not_fa4(c: _Call) -> str | None:
@@ -365,20 +338,7 @@ def _decide(call: _Call, forced: str | None) -> tuple[str, str]:
 
 
 def _first_fit(call: _Call, forced: str | None) -> tuple[str, str]:
-    if forced:
-        if forced not in _RUN:
-            raise ConfigError(f"ATTNPATCH_BACKEND={forced!r} is not a backend; allowed: {', '.join(_RUN)}.")
-        if why := _WHY_NOT[forced](call):
-            kind = VersionError if "not installed" in why else ConfigError
-            raise kind(f"ATTNPATCH_BACKEND={forced} cannot do this call: {why}. Unset it, or choose another backend.")
-        return forced, "forced by ATTNPATCH_BACKEND"
-    passed: list[str] = []
-    for name, why_not in _WHY_NOT.items():
-        why = why_not(call)
-        if why is None:
-            return name, "; ".join(["the fastest that fits", *passed])
-        passed.append(f"not {name}: {why}")
-    raise ConfigError("no attention backend fits: " + "; ".join(passed))  # unreachable: `torch` takes everything
+    return first_fit(_WHY_NOT, call, forced)
 
 
 def choose(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool = False) -> tuple[str, str]:

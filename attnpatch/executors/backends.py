@@ -1,0 +1,70 @@
+"""What the executors share in choosing a backend: the names, the forced one, what a CUDA half kernel needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from attnpatch.errors import ConfigError, VersionError
+
+NAMES = ("fa4", "cudnn", "flash", "sdpa", "torch", "flex")
+"""Backends of all executors. An executor that lacks a forced one makes its own choice and says so."""
+HALF = (torch.float16, torch.bfloat16)
+
+
+def capability(device: torch.device) -> int:
+    """CUDA major version of the device; 0 elsewhere."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+_found: dict[str, Callable[..., Any] | None] = {}  # a plain dict: torch.compile warns of lru_cache
+
+
+def fa4() -> Callable[..., Any] | None:
+    """flash_attn.cute.flash_attn_func where FlashAttention 4 is installed."""
+    if "fa4" not in _found:
+        try:
+            from flash_attn.cute import flash_attn_func
+        except ImportError:
+            flash_attn_func = None
+        _found["fa4"] = flash_attn_func
+    return _found["fa4"]
+
+
+def no_cuda_half(c: Any, capability: int, dim: int) -> str | None:
+    """What keeps a call from the CUDA half-precision kernels, or None."""
+    if c.device != "cuda" or c.capability < capability:
+        here = f"capability {c.capability}" if c.device == "cuda" else c.device
+        return f"needs CUDA capability >= {capability}, this is {here}"
+    if c.dtype not in HALF:
+        return f"needs float16 or bfloat16, this is {str(c.dtype).removeprefix('torch.')}"
+    if c.dim > dim or c.dim % 8:
+        return f"needs a head dimension that is a multiple of 8 up to {dim}, this is {c.dim}"
+    if c.holes:
+        return "cannot skip empty slots (padding or a ragged cache)"
+    if getattr(c, "part", False):
+        return "cannot leave keys out by position"
+    return "takes no 4-D mask" if c.mask else None
+
+
+def first_fit(why_not: Mapping[str, Callable[[Any], str | None]], call: Any, forced: str | None) -> tuple[str, str]:
+    """(backend, reason): the forced one if it is among `why_not` (fastest first), else the first that fits the call.
+
+    Raises ConfigError for an unknown forced name or a call it cannot do, VersionError if its package is missing.
+    """
+    if forced and forced not in NAMES:
+        raise ConfigError(f"ATTNPATCH_BACKEND={forced!r} is not a backend; allowed: {', '.join(NAMES)}.")
+    if forced and forced in why_not:
+        if why := why_not[forced](call):
+            kind = VersionError if "not installed" in why else ConfigError
+            raise kind(f"ATTNPATCH_BACKEND={forced} cannot do this call: {why}. Unset it, or choose another backend.")
+        return forced, "forced by ATTNPATCH_BACKEND"
+    passed = [f"ATTNPATCH_BACKEND={forced} belongs to another executor"] if forced else []
+    for name, reason in why_not.items():
+        why = reason(call)
+        if why is None:
+            return name, "; ".join(["the fastest that fits", *passed])
+        passed.append(f"not {name}: {why}")
+    raise ConfigError("no attention backend fits: " + "; ".join(passed))  # unreachable: `torch` takes everything

@@ -203,13 +203,13 @@ def test_fp64_gradients_and_strides():
 
 
 def test_never_gathers_all_pairs(monkeypatch):
-    biggest, take = [], row_lists._take
+    biggest, take = [], row_lists.take
 
     def watched(x, slot):
         biggest.append(slot.numel())
         return take(x, slot)
 
-    monkeypatch.setattr(row_lists, "_take", watched)
+    monkeypatch.setattr(row_lists, "take", watched)
     monkeypatch.setattr(row_lists, "MAX_BLOCK", 200_000)
     q, kv, ctx = problem(2000, 2000, kv_heads=1, group=1, batch=1, dim=16)
     row_lists.run(q, kv, lists(q, kv, sink=4, window=16), ctx)
@@ -239,7 +239,7 @@ def test_choice_and_its_reason(monkeypatch):
     ({"window": True}, "sliding window"),
 ], ids=lambda x: "+".join(x) if isinstance(x, dict) else "")  # fmt: skip
 def test_choice_on_cuda(change, why, monkeypatch):
-    monkeypatch.setattr(row_lists, "_has_triton", lambda: True)
+    monkeypatch.setattr(row_lists, "has_triton", lambda: True)
     plain = {"device": "cuda", "capability": 9, "dtype": torch.bfloat16, "dim": 128, "aligned": True}
     name, reason = row_lists._decide(row_lists._Call(**{**plain, "grad": False, "window": False, **change}), None)
     assert name == ("torch" if why else "triton") and (why or "fastest") in reason

@@ -17,7 +17,7 @@ def _tile(
     acc, top, total, q, slot, ok, row, k, v, pos, k_step, v_step, scale, cap, sink, window,
     D: tl.constexpr, WIDE: tl.constexpr, HOLES: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """One online softmax step (base 2) over the keys of `slot` [N]. NEAR: those that sink or window name, else the rest."""
+    """One online softmax step (base 2) over the keys `slot` [N]. NEAR: those that sink or window name, else others."""
     d = tl.arange(0, WIDE)
     if HOLES:
         ok = ok & (tl.load(pos + slot, mask=ok, other=-1) >= 0)

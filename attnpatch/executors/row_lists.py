@@ -66,7 +66,8 @@ def aligned(q: torch.Tensor, kv: Any) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return find_spec("triton") is not None
 
 
@@ -97,7 +98,7 @@ def _not_triton(c: _Call) -> str | None:
         return "has no backward pass"
     if c.window:
         return "knows no sliding window of the model"
-    return None if _has_triton() else "triton is not installed"
+    return None if has_triton() else "triton is not installed"
 
 
 def _not_torch(c: _Call) -> str | None:
@@ -226,7 +227,7 @@ def _near(selection: Any, start: torch.Tensor, tile: int, slots: int, ordered: b
     return torch.cat([head, late], dim=-1).masked_fill(~ok, 0), ok
 
 
-def _take(x: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+def take(x: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     """x [B, Hkv, S, D] at slot [B, heads, r, L], heads a multiple of Hkv -> [B, heads, r, L, D]."""
     (batch, kv_heads, slots, dim), heads = x.shape, slot.shape[1]
     row = torch.arange(batch, device=x.device)[:, None] * kv_heads
@@ -242,7 +243,7 @@ def _attend(
     seen: bool [B, heads, r, tile, L]; filled: bool [B, heads, r, L], False where a slot may hold garbage.
     """
     dtype = compute_dtype(block)
-    k, v = _take(kv.k, slot).to(dtype), _take(kv.v, slot).to(dtype)  # [B, heads, r, L, D]
+    k, v = take(kv.k, slot).to(dtype), take(kv.v, slot).to(dtype)  # [B, heads, r, L, D]
     if kv.holes and not getattr(kv, "clean", False):
         v = v.masked_fill(~filled[..., None], 0.0)
     logits = (block.to(dtype).flatten(3, 4) @ k.transpose(-1, -2)).mul(ctx.scaling)  # [B, heads, r, g * tile, L]

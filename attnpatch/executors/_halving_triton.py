@@ -1,0 +1,122 @@
+"""The Triton kernel of `halving`: one program per list and head does a whole round. Imported at the first call only."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _child(start, size, c, ok, CENTER: tl.constexpr, LAST: tl.constexpr):
+    """Start, size and representative block of halves c of the groups at start, size (pointers)."""
+    first = tl.load(start + c // 2, mask=ok, other=0)
+    whole = tl.load(size + c // 2, mask=ok, other=0)
+    left = whole // 2
+    right = c % 2 == 1
+    first = tl.where(right, first + left, first)
+    length = tl.where(right, whole - left, left)
+    at = first
+    if CENTER:
+        at = first + length // 2
+    if LAST:
+        at = tl.maximum(first + length - 1, first)
+    return first, length, at
+
+
+@triton.jit(do_not_specialize=["lists", "slots", "origin"])
+def _kernel(
+    Q, K, LIMIT, START, SIZE, SCORE, NEW_START, NEW_SIZE,
+    q_batch, q_head, q_list, q_step, k_batch, k_head, k_step, limit_batch, limit_list,
+    start_batch, start_head, start_list, size_batch, size_head, size_list, lists, slots, origin, heads, group,
+    SAMPLES: tl.constexpr, M: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr,
+    CHILDREN: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    CENTER: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """SCORE int32 [programs, CHILDREN] scratch; NEW_START, NEW_SIZE int32 [programs, GROUPS]."""
+    which, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
+    program = (tl.program_id(1) * lists + which).to(tl.int64)
+    batch, which, head = batch.to(tl.int64), which.to(tl.int64), head.to(tl.int64)
+    K += batch * k_batch + head // group * k_head
+    START += batch * start_batch + head * start_head + which * start_list
+    SIZE += batch * size_batch + head * size_head + which * size_list
+    m, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, WIDE)
+    there = m < SAMPLES
+    q = tl.load(
+        Q + batch * q_batch + head * q_head + which * q_list + m[:, None] * q_step + d[None, :],
+        mask=there[:, None] & (d[None, :] < D), other=0.0,
+    )  # fmt: skip
+    limit = tl.load(LIMIT + batch * limit_batch + which * limit_list + m, mask=there, other=-1)
+    for begin in range(0, 2 * GROUPS, N):
+        c = begin + n
+        ok = c < 2 * GROUPS
+        first, length, at = _child(START, SIZE, c, ok, CENTER, LAST)
+        best = tl.full([N], -3.4028234663852886e38, tl.float32)
+        for offset in tl.static_range(STRIDE - 1, BLOCK, STRIDE):
+            slot = origin + at * BLOCK + offset
+            inside = (length > 0) & (slot < slots)
+            key = tl.load(
+                K + slot.to(tl.int64)[:, None] * k_step + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0
+            )
+            dots = tl.dot(q, tl.trans(key))  # [M, N]
+            dots = tl.where(slot[None, :] <= limit[:, None], dots, -3.4028234663852886e38)
+            best = tl.maximum(best, tl.max(dots, 0))
+        best = tl.where(length > 0, best, float("-inf"))
+        bits = best.to(tl.int32, bitcast=True)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # orders as the score does
+        tl.store(SCORE + program * CHILDREN + c, bits, mask=ok)
+    tl.debug_barrier()  # every thread reads what the others wrote
+
+    c = tl.arange(0, CHILDREN)
+    score = tl.load(SCORE + program * CHILDREN + c, mask=c < 2 * GROUPS, other=-2147483648)
+    first, length, at = _child(START, SIZE, c, c < 2 * GROUPS, CENTER, LAST)
+    low = tl.full([], -2147483648, tl.int64)
+    high = tl.full([], 2147483647, tl.int64)
+    for _ in range(32):  # the GROUPS-th highest score, bit by bit
+        middle = (low + high + 1) >> 1
+        enough = tl.sum((score >= middle.to(tl.int32)).to(tl.int32), 0) >= GROUPS
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    edge = low.to(tl.int32)
+    over, tie = (score > edge).to(tl.int32), (score == edge).to(tl.int32)
+    spare = tl.sum(tie, 0) - (GROUPS - tl.sum(over, 0))  # the earliest ties, which fall out
+    kept = (over == 1) | ((tie == 1) & (tl.cumsum(tie, 0) > spare))
+    place = tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(NEW_START + program * GROUPS + place, first, mask=kept)
+    tl.store(NEW_SIZE + program * GROUPS + place, length, mask=kept)
+
+
+def shapes(samples: int, dim: int, groups: int) -> dict[str, int]:
+    """Block sizes and launch settings."""
+    return {
+        "SAMPLES": samples,
+        "M": max(16, triton.next_power_of_2(samples)),
+        "D": dim,
+        "WIDE": max(16, triton.next_power_of_2(dim)),
+        "GROUPS": groups,
+        "CHILDREN": triton.next_power_of_2(2 * groups),
+        "N": 64 if dim <= 128 else 32,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def launch(
+    samples: torch.Tensor, k: torch.Tensor, limit: torch.Tensor, start: torch.Tensor, size: torch.Tensor,
+    origin: int, block: int, stride: int, representative: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """As `halving.run`."""
+    (batch, heads, lists, groups), (count, dim) = start.shape, samples.shape[3:]
+    samples, k, limit, start, size = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (samples, k, limit.to(torch.int32), start, size)
+    )
+    sizes = shapes(count, dim, groups)
+    new_start, new_size = (torch.empty(start.shape, dtype=torch.int32, device=k.device) for _ in range(2))
+    score = torch.empty(batch * heads * lists, sizes["CHILDREN"], dtype=torch.int32, device=k.device)
+    _kernel[(lists, batch * heads)](
+        samples, k, limit, start, size, score, new_start, new_size,
+        *samples.stride()[:4], *k.stride()[:3], *limit.stride()[:2], *start.stride()[:3], *size.stride()[:3],
+        lists, k.shape[2], origin, heads, heads // k.shape[1],
+        BLOCK=block, STRIDE=stride, CENTER=representative == "center", LAST=representative == "last", **sizes,
+    )  # fmt: skip
+    return new_start, new_size

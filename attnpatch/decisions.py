@@ -38,6 +38,11 @@ class Selection:
         """Whether keys are named at all; otherwise every held key not after the query is meant (from `skip` on)."""
         return self.index is not None or self.columns is not None or bool(self.sink or self.window)
 
+    @property
+    def dense(self) -> bool:
+        """Whether every held key not after the query is attended."""
+        return not self.named and not self.skip
+
 
 @dataclass(frozen=True)
 class KeepSet:

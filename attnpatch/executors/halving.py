@@ -20,9 +20,7 @@ def split(start: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.
     return start, torch.stack([left, size - left], dim=-1).flatten(-2)
 
 
-def _scores(
-    samples: torch.Tensor, k: torch.Tensor, limit: torch.Tensor, slot: torch.Tensor, per: int
-) -> torch.Tensor:
+def _scores(samples: torch.Tensor, k: torch.Tensor, limit: torch.Tensor, slot: torch.Tensor, per: int) -> torch.Tensor:
     """fp32 [B, Hq, r, M]: highest q . k over the sampled queries and the `per` keys of each entry.
 
     slot: [B, Hq, r, M * per]. The lowest finite number where no pair counts (key > limit).

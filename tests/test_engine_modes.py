@@ -405,7 +405,7 @@ def test_layers_argument(model):
 
 def test_verify(model):
     result = attnpatch.verify(model, "snapkv")
-    assert result.ok and "worst: layer" in str(result)
+    assert result.ok and "worst: covered layer" in str(result)
     assert not hasattr(model, "_attnpatch")
 
 

@@ -124,3 +124,29 @@ def pooled(x: torch.Tensor, block: int, *, start: int = 0, end: torch.Tensor | N
             if part.shape[1]:
                 out[b, :, i] = part.to(dtype).mean(1)
     return out
+
+
+def antidiagonal(
+    q: torch.Tensor, k: torch.Tensor, *, start: int, end: torch.Tensor, block: int, stride: int, scaling: float
+) -> torch.Tensor:
+    """Block mass [B, Hq, R, W] from antidiagonal sums of q k^T; query t at start + t, tokens from end[b] on are pads.
+
+    k: [B, Hkv, S, D], S = start + T. Every stride x stride tile of logits is summed along its antidiagonal.
+    """
+    batch, heads, rows = q.shape[:3]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    first, last, tile = start // block, -(-(start + rows) // block), block // stride
+    logits = torch.zeros(batch, heads, last * block, last * block, dtype=dtype, device=q.device)
+    for b in range(batch):
+        n = int(end[b])
+        if n > start:
+            keys = k[b, :, :n].to(dtype).repeat_interleave(heads // k.shape[1], dim=0)
+            logits[b, :, start:n, :n] = q[b, :, : n - start].to(dtype) @ keys.transpose(-1, -2)
+    tiles = logits.unflatten(3, (-1, stride)).unflatten(2, (-1, stride))  # [B, Hq, i, s, j, s]
+    x = sum(tiles[:, :, :, stride - 1 - s, :, s] for s in range(stride)) * scaling / stride
+    i = torch.arange(last * tile, device=q.device)
+    real = (-(-end // stride))[:, None, None, None]
+    seen = (i <= i[:, None]) & (i < real)
+    probs = torch.softmax(torch.where(seen, x, float("-inf")), dim=-1)  # NaN where a batch row holds nothing
+    probs = torch.where(seen & (i[:, None] < real) & (i[:, None] >= start // stride), probs, 0.0)
+    return probs.unflatten(3, (-1, tile)).unflatten(2, (-1, tile)).sum((3, 5))[:, :, first:]

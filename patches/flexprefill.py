@@ -90,7 +90,7 @@ class FlexPrefill(Patch):
         end = selecting.lengths(ctx.q_pos)
         choice = self.choose(q, kv, ctx)
         short = (end <= self.dense_up_to)[:, None, None, None]
-        for rows, first, last in selecting.stripes(start, q.shape[2], size):
+        for rows, first, last in selecting.stripes(start, q.shape[2], size, q.shape[0] * q.shape[1]):
             chosen = selecting.offsets_to_pairs(choice.offsets, first, last) | choice.columns[:, :, None, :last]
             if choice.pairs is not None:
                 chosen |= choice.pairs[:, :, first - start // size : last - start // size, :last]

@@ -90,7 +90,7 @@ class XAttention(Patch):
         end = selecting.lengths(ctx.q_pos)
         keys = selecting.without_pads(kv.k, end) if ctx.ragged else kv.k
         keys = antidiagonal.reduced(keys, size, self.stride)
-        for rows, first, last in selecting.stripes(start, q.shape[2], size):
+        for rows, first, last in selecting.stripes(start, q.shape[2], size, q.shape[0] * q.shape[1]):
             at = start + rows.start
             part = selecting.without_pads(q[:, :, rows], end, at) if ctx.ragged else q[:, :, rows]
             mass = antidiagonal.run(

@@ -137,15 +137,16 @@ def real_pairs(end: torch.Tensor, block: int, first: int, last: int) -> torch.Te
     return ((j <= i) & (i * block < end[:, None, None]))[:, None]
 
 
-def stripes(start: int, rows: int, block: int) -> Iterator[tuple[slice, int, int]]:
+def stripes(start: int, rows: int, block: int, lists: int) -> Iterator[tuple[slice, int, int]]:
     """(rows of the call, first block, end block) of stripes that cover `rows` queries from position `start`.
 
-    Query blocks lie at absolute multiples of `block`: a partial first block is a stripe of its own.
+    Query blocks lie at absolute multiples of `block`: a partial first block is a stripe of its own. lists: how many
+    lists a query block has (batch rows * heads); a stripe's map over all key blocks stays within MAX_BLOCK.
     """
-    at = 0
+    fits = column_sums.MAX_BLOCK // (lists * -(-(start + rows) // block))
+    step, at = max(1, min(fits, MAX_ROWS // block)) * block, 0
     while at < rows:
-        room = -(start + at) % block or max(block, MAX_ROWS // block * block)
-        stop = min(at + room, rows)
+        stop = min(at + (-(start + at) % block or step), rows)
         yield slice(at, stop), (start + at) // block, -(-(start + stop) // block)
         at = stop
 

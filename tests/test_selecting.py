@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attnpatch.patches.flexprefill import FlexPrefill
+from attnpatch.patches.minference import MInference
+from attnpatch.patches.xattention import XAttention
 from selections import largest, layer, noise
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnpatch.engine.call import KV, Ctx
 from attnpatch.executors import column_sums, line_sums, naive, selecting
 
 # ---- line sums -----------------------------------------------------------------------------------------------------
@@ -83,3 +88,45 @@ def test_pack_lists_ascending_and_left():
     index, count = selecting.pack(chosen)
     assert index.tolist() == [[1, 3, 4, 0, 0], [0] * 5, [0, 1, 2, 3, 4]] and count.tolist() == [3, 0, 5]
     assert index.dtype == count.dtype == torch.int32
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor (elements) that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not any(r.alias_info for r in func._schema.returns):  # else a view
+            made = out if isinstance(out, (tuple, list)) else [out]
+            self.elements = max([self.elements, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        FlexPrefill(),
+        FlexPrefill(strict=True),
+        XAttention(),
+        XAttention(first_chunk_quirk=True, threshold=[[0.9] * 32]),
+        MInference(),
+        MInference(heads=[[[1000, 6096], [3500, 100]] * 16]),
+        MInference("tri_shape"),
+        MInference("block_sparse"),
+    ],
+    ids=lambda patch: f"{patch.name}-{getattr(patch, 'pattern', '')}",
+)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_long_prompts_in_bounded_memory_without_waiting(patch, ragged):
+    # a meta tensor has no values: reading one on the host raises, and so does a shape that depends on one
+    n, device = 131072, torch.device("meta")
+    q = torch.empty(1, 32, n, 128, dtype=torch.bfloat16, device=device)
+    k = torch.empty(1, 8, n, 128, dtype=torch.bfloat16, device=device)
+    pos = torch.empty(1, n, dtype=torch.long, device=device)
+    ctx = Ctx(0, 1, "prefill", "prompt", pos, (n - 100,), 0.1)
+    ctx.ragged = ragged
+    with Largest() as seen:
+        found = list(patch.select(q, KV(k, k, pos[:, None].int(), holes=ragged), ctx))
+    assert all(s.index is None or s.index.device == device for s in found)
+    assert seen.elements <= (q.numel() if ragged else k.numel())  # a copy with pads cleared; elsewhere k in fp32

@@ -119,8 +119,8 @@ def test_grouped_heads_equal_repeated_heads(heads, kv_heads):
 @pytest.mark.parametrize("tau", [0.0, 0.2, 0.84])
 @pytest.mark.parametrize("strict", [False, True])
 def test_rows_of_a_padded_batch_equal_single_rows(tau, strict):
-    lengths = [700, 613, 270, 200]
-    q, k, v = structured(700, 2, 1, batch=4)
+    lengths = [500, 413, 270, 200]
+    q, k, v = structured(500, 2, 1, batch=4)
     given = {"b": 64, "tau": tau, "gamma": 0.85, "strict": strict}
     patch = options(**given)
     batch = layer(q, k, v, lengths)
@@ -181,8 +181,8 @@ def test_soft_capped_logits_are_dense():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_2_gamma_above_one_is_dense(dtype):
-    q, kv, ctx = layer(*structured(1300, dtype=dtype))
-    patch = options(tau=0.0, gamma=1.01)
+    q, kv, ctx = layer(*structured(700, dtype=dtype))
+    patch = options(tau=0.0, gamma=1.01, b=64)
     assert block_sets(patch, q, kv, ctx) == [{i: set(range(i + 1)) for i in range(11)}] * 4
     from attnpatch.decisions import Selection
 
@@ -205,9 +205,9 @@ def test_4_tau_decides_the_kind():
 
 
 def test_6_nested_in_gamma_and_in_the_least_budget():
-    given = layer(*structured(2048))
-    for key, values in (("gamma", (0.5, 0.8, 0.9, 0.99)), ("min_budget", (128, 512, 1024))):
-        maps = [pairs(options(**{"tau": 0.0, "gamma": 0.7, key: x}), *given) for x in values]
+    given = layer(*structured(700, 2, 1))
+    for key, values in (("gamma", (0.5, 0.8, 0.9, 0.99)), ("min_budget", (32, 128, 512))):
+        maps = [pairs(options(**{"tau": 0.0, "gamma": 0.7, "b": 32, "min_budget": 32, key: x}), *given) for x in values]
         for small, large in zip(maps, maps[1:], strict=False):
             assert not (small & ~large).any()
         assert (maps[0] != maps[-1]).any()
@@ -249,9 +249,9 @@ def test_11_heads_permuted_and_a_function_of_q_and_k_only():
     assert torch.equal(pairs(patch, *layer(q, k, v * 0, layer=3, n_layers=9)), whole)
 
 
-def test_every_answer_is_finite_on_the_device_of_q():
-    q, k, v = structured(1300, batch=2)
-    out = attend(options(tau=0.84, b=64), *layer(q, k, v, [1300, 0]))  # a row of pads alone
+def test_a_row_of_pads_alone_is_zero():
+    q, k, v = structured(600, batch=2)
+    out = attend(options(tau=0.84, b=64), *layer(q, k, v, [600, 0]))
     assert torch.isfinite(out).all() and (out[1] == 0).all()
 
 

@@ -98,3 +98,55 @@ def column_sums(
     """fp32 [B, Hq, S]: probability each slot receives from queries [B, Hq, w, D]. `lse` is ignored: recomputed here."""
     seen = _per_query_head(visible(kv, q_pos), queries.shape[1])
     return _probabilities(_logits(queries, kv, scaling, softcap), seen)[0].sum(dim=2).float()
+
+
+def line_sums(queries: torch.Tensor, kv: Any, *, q_pos: torch.Tensor, scaling: float) -> tuple[torch.Tensor, ...]:
+    """Probability per slot and per distance, both [B, Hq, S], from queries [B, Hq, w, D]. Distances by position."""
+    seen = _per_query_head(visible(kv, q_pos), queries.shape[1])
+    probs = _probabilities(_logits(queries, kv, scaling, None), seen)[0]  # [B, Hq, w, S]
+    distance = (q_pos[:, None, :, None] - kv.pos[:, :, None, :]).expand_as(probs)
+    diagonals = torch.zeros_like(probs.sum(2))
+    for d in range(diagonals.shape[-1]):
+        diagonals[..., d] = torch.where(distance == d, probs, 0.0).sum((2, 3))
+    return probs.sum(2), diagonals
+
+
+def pooled(x: torch.Tensor, block: int, *, start: int = 0, end: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of the real tokens of each block [B, H, n, D]; token t of x [B, H, T, D] at start + t, real below end[b]."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tokens = x.shape[2]
+    blocks = range(start // block, -(-(start + tokens) // block))
+    out = torch.zeros(*x.shape[:2], len(blocks), x.shape[3], dtype=dtype, device=x.device)
+    for b in range(x.shape[0]):
+        stop = start + tokens if end is None else min(start + tokens, int(end[b]))
+        for i, n in enumerate(blocks):
+            part = x[b, :, max(0, n * block - start) : max(0, min((n + 1) * block, stop) - start)]
+            if part.shape[1]:
+                out[b, :, i] = part.to(dtype).mean(1)
+    return out
+
+
+def antidiagonal(
+    q: torch.Tensor, k: torch.Tensor, *, start: int, end: torch.Tensor, block: int, stride: int, scaling: float
+) -> torch.Tensor:
+    """Block mass [B, Hq, R, W] from antidiagonal sums of q k^T; query t at start + t, tokens from end[b] on are pads.
+
+    k: [B, Hkv, S, D], S = start + T. Every stride x stride tile of logits is summed along its antidiagonal.
+    """
+    batch, heads, rows = q.shape[:3]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    first, last, tile = start // block, -(-(start + rows) // block), block // stride
+    logits = torch.zeros(batch, heads, last * block, last * block, dtype=dtype, device=q.device)
+    for b in range(batch):
+        n = int(end[b])
+        if n > start:
+            keys = k[b, :, :n].to(dtype).repeat_interleave(heads // k.shape[1], dim=0)
+            logits[b, :, start:n, :n] = q[b, :, : n - start].to(dtype) @ keys.transpose(-1, -2)
+    tiles = logits.unflatten(3, (-1, stride)).unflatten(2, (-1, stride))  # [B, Hq, i, s, j, s]
+    x = sum(tiles[:, :, :, stride - 1 - s, :, s] for s in range(stride)) * scaling / stride
+    i = torch.arange(last * tile, device=q.device)
+    real = (-(-end // stride))[:, None, None, None]
+    seen = (i <= i[:, None]) & (i < real)
+    probs = torch.softmax(torch.where(seen, x, float("-inf")), dim=-1)  # NaN where a batch row holds nothing
+    probs = torch.where(seen & (i[:, None] < real) & (i[:, None] >= start // stride), probs, 0.0)
+    return probs.unflatten(3, (-1, tile)).unflatten(2, (-1, tile)).sum((3, 5))[:, :, first:]

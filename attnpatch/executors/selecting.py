@@ -1,0 +1,169 @@
+"""From scores to block sets: probe rows, block means, top k, top mass, packing. Batched, never waits for the device.
+
+Scores are [..., n]; budgets are tensors that broadcast to [...], or numbers. Blocks lie at absolute multiples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from attnpatch.executors import column_sums
+from attnpatch.executors.column_sums import compute_dtype
+
+MAX_ROWS = 16384
+"""Most query rows of a stripe, so that its lists stay small."""
+
+
+def lengths(q_pos: torch.Tensor) -> torch.Tensor:
+    """Keys of each row [B] so far: q_pos int [B, T], -1 = padding."""
+    return q_pos.amax(-1) + 1
+
+
+def without_pads(x: torch.Tensor, end: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """x [B, H, T, D], token t at position start + t, with zeros (never garbage) from position end[b] on."""
+    pad = start + torch.arange(x.shape[2], device=x.device) >= end[:, None]
+    return x.masked_fill(pad[:, None, :, None], 0.0)
+
+
+def probe_rows(q: torch.Tensor, ctx: Any, rows: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's own last `rows` real queries [B, Hq, rows, D] and their positions [B, rows], -1 where it has fewer.
+
+    q: [B, Hq, T, D], query t at position start + t. Fewer rows come back when T is smaller.
+    """
+    rows = min(rows, q.shape[2])
+    if not ctx.ragged:
+        return q[:, :, -rows:], ctx.q_pos[:, -rows:]
+    at = lengths(ctx.q_pos)[:, None] - start - rows + torch.arange(rows, device=q.device)  # [B, rows]
+    index = at.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    return q.gather(2, index), torch.where(at >= 0, at + start, -1)
+
+
+def pooled(x: torch.Tensor, block: int, *, start: int = 0, end: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over the real tokens of each block: fp32 [B, H, n, D] (fp64 for fp64), blocks at multiples of `block`.
+
+    x: [B, H, T, D], token t at position start + t, real below end (int [B]; None = all). A block without any gives 0.
+    """
+    tokens, dtype = x.shape[2], compute_dtype(x)
+    x = x if end is None else without_pads(x, end, start)
+    head = min(-start % block, tokens)
+    tail = head + (tokens - head) // block * block
+    sums = []  # in pieces, so that x is never copied
+    if head:
+        sums.append(x[:, :, :head].sum(2, keepdim=True, dtype=dtype))
+    if tail > head:
+        sums.append(x[:, :, head:tail].unflatten(2, (-1, block)).sum(3, dtype=dtype))
+    if tokens > tail:
+        sums.append(x[:, :, tail:].sum(2, keepdim=True, dtype=dtype))
+    total = torch.cat(sums, dim=2)  # [B, H, n, D]
+    edge = (start // block + torch.arange(total.shape[2] + 1, device=x.device)) * block
+    edge = edge.clamp(min=start, max=start + tokens)
+    if end is not None:
+        edge = torch.minimum(edge, end[:, None])  # [B, n + 1]
+    count = edge.diff(dim=-1).clamp(min=1)
+    return total / count.view(-1, 1, count.shape[-1], 1)
+
+
+def pair_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Dot products [B, Hq, R, n] of q [B, Hq, R, D] and k [B, Hkv, n, D]; query head h reads kv head h // group."""
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    return (rows @ k.transpose(-1, -2)).view(q.shape[0], q.shape[1], q.shape[2], -1)
+
+
+def block_sums(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Sums of `block` neighbours [..., ceil(n / block)] of x [..., n], the last over what is there."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
+
+
+def _ranked(scores: torch.Tensor, later: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores descending and their indices; ties go to the later index, or to the earlier."""
+    if not later:
+        return scores.sort(dim=-1, descending=True, stable=True)
+    values, order = scores.flip(-1).sort(dim=-1, descending=True, stable=True)
+    return values, scores.shape[-1] - 1 - order
+
+
+def top_k(scores: torch.Tensor, k: torch.Tensor | int, later: bool = True) -> torch.Tensor:
+    """bool [..., n]: the k largest. k: int or int [...], may exceed n. Ties go to the later index, or the earlier."""
+    order = _ranked(scores, later)[1]
+    meant = torch.arange(scores.shape[-1], device=scores.device) < (k[..., None] if isinstance(k, torch.Tensor) else k)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, meant.expand_as(scores))
+
+
+def mass_count(scores: torch.Tensor, mass: float, n: torch.Tensor) -> torch.Tensor:
+    """int [...]: how many of the largest of the first n scores hold `mass`, the one that crosses it included.
+
+    scores: [..., m], 0 from n (int, broadcasts to [...]) on. n + 1 where all together hold no more than `mass`.
+    """
+    total = scores.sort(dim=-1, descending=True).values.cumsum(-1)
+    real = torch.arange(scores.shape[-1], device=scores.device) < n[..., None]
+    return ((total <= mass) & real).sum(-1) + 1
+
+
+def top_mass(
+    scores: torch.Tensor, mass: torch.Tensor, *, taken: torch.Tensor | float = 0.0, lag: int = 1
+) -> torch.Tensor:
+    """bool [..., n]: the largest scores (>= 0), best first, while `taken` plus those before hold less than `mass`.
+
+    mass, taken: [...]. lag 1: the score that crosses `mass` is included. lag 0: it is dropped (while <= mass). lag 2:
+    the test looks one score further back, so that one more is taken, the best always. Ties go to the later index.
+    Scores of -inf come last; whether they are taken is undefined.
+    """
+    values, order = _ranked(scores, later=True)
+    start = taken[..., None] if isinstance(taken, torch.Tensor) else taken
+    total, limit = values.cumsum(-1) + start, mass[..., None]
+    if lag == 0:
+        kept = total <= limit
+    else:
+        one = torch.zeros_like(values[..., :1])
+        before = torch.cat([*[one - float("inf")] * (lag - 1), one + start, total], dim=-1)[..., : values.shape[-1]]
+        kept = before < limit
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, kept)
+
+
+def offsets_to_pairs(offsets: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """bool [..., last - first, last]: pair (i, j) is set where offset i - j >= 0 is. offsets: bool [..., n >= last]."""
+    i = torch.arange(first, last, device=offsets.device)[:, None]
+    j = torch.arange(last, device=offsets.device)
+    return offsets[..., (i - j).clamp(min=0)] & (j <= i)
+
+
+def real_pairs(end: torch.Tensor, block: int, first: int, last: int) -> torch.Tensor:
+    """bool [B, 1, last - first, last]: j <= i, and block row i holds real queries (begins before end[b])."""
+    i = torch.arange(first, last, device=end.device)[:, None]
+    j = torch.arange(last, device=end.device)
+    return ((j <= i) & (i * block < end[:, None, None]))[:, None]
+
+
+def stripes(start: int, rows: int, block: int, lists: int) -> Iterator[tuple[slice, int, int]]:
+    """(rows of the call, first block, end block) of stripes that cover `rows` queries from position `start`.
+
+    Query blocks lie at absolute multiples of `block`: a partial first block is a stripe of its own. lists: how many
+    lists a query block has (batch rows * heads); a stripe's map over all key blocks stays within MAX_BLOCK.
+    """
+    fits = column_sums.MAX_BLOCK // (lists * -(-(start + rows) // block))
+    step, at = max(1, min(fits, MAX_ROWS // block)) * block, 0
+    while at < rows:
+        stop = min(at + (-(start + at) % block or step), rows)
+        yield slice(at, stop), (start + at) // block, -(-(start + stop) // block)
+        at = stop
+
+
+def head_slices(heads: int, each: int) -> list[slice]:
+    """Slices of `heads` that hold at most MAX_BLOCK elements, `each` a head, at least one head."""
+    step = max(1, column_sums.MAX_BLOCK // max(1, each))
+    return [slice(h, min(h + step, heads)) for h in range(0, heads, step)]
+
+
+def pack(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [..., W] -> (index int32 [..., W] ascending, packed left, 0 behind; count int32 [...])."""
+    width = chosen.shape[-1]
+    place = chosen.cumsum(-1)
+    count = place[..., -1]
+    place = torch.where(chosen, place - 1, width)  # the rest lands in one spare entry
+    index = torch.zeros(*chosen.shape[:-1], width + 1, dtype=torch.int32, device=chosen.device)
+    source = torch.arange(width, dtype=torch.int32, device=chosen.device).expand_as(chosen)
+    index.scatter_(-1, place, source)
+    return index[..., :width].contiguous(), count.to(torch.int32)

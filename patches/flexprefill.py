@@ -1,0 +1,197 @@
+"""FlexPrefill: block lists for the prompt, chosen per head from one block of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from attnpatch.errors import ConfigError
+from attnpatch.patch import Patch, option, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnpatch.decisions import Selection
+    from attnpatch.engine.call import KV, Ctx
+
+
+class Choice(NamedTuple):
+    """What a layer's queries read, in blocks of the absolute grid (nb = blocks of keys, R = blocks of queries)."""
+
+    columns: Tensor  # bool [B, Hq, nb] key blocks for every later query block
+    offsets: Tensor  # bool [B, Hq, nb] query block - key block
+    pairs: Tensor | None  # bool [B, Hq, R, nb] further pairs of query-aware heads
+    query_aware: Tensor  # bool [B, Hq]
+
+
+@register("flexprefill")
+@dataclass
+class FlexPrefill(Patch):
+    """FlexPrefill (arXiv 2502.20766, ICLR 2025; ByteDance-Seed/FlexPrefill). Prompt only, decoding stays dense.
+
+    The softmax of the last block of queries gives mass per key column and per diagonal. Each head takes as many blocks
+    of columns and of diagonals as its lines need to hold `gamma`. A head whose pooled attention estimates that mass
+    well (root of the Jensen-Shannon divergence below `tau`) takes the pooled block pairs that hold `gamma` instead, on
+    top of `min_budget` columns and diagonals. The first block and the diagonal block are always read.
+
+    Where the spec leaves it open or the reference is odd: the model's own softmax scale; lines are counted in blocks of
+    `block_size`; offset s covers the distances s * b .. s * b + b - 1; 0 * log 0 = 0 (`strict` undoes the last three);
+    ties go to the more recent key or smaller offset; a chunk votes with its own last queries over all keys so far; a
+    row of a batch that is too short for the method comes out dense.
+    """
+
+    gamma: float = option(0.9, "share of the attention mass to cover, above 0, at most 1.01 (1.01 = everything)")
+    tau: float = option(0.1, "divergence below which a head is query-aware; 0 = never", low=0)
+    min_budget: int | None = option(1024, "least tokens per pattern and head; shorter prompts run dense", low=1)
+    max_budget: int | None = option(None, "most tokens per pattern and head (not of the query-aware pairs)", low=1)
+    block_size: int = option(128, "tokens of a block, also the number of voting queries", choices=(16, 32, 64, 128))
+    include_crossing: bool = option(False, "query-aware pairs: take the pair that crosses gamma too")
+    strict: bool = option(False, "the reference's quirks: lines per 128, shifted offset bins, NaN = vertical-slash")
+
+    title = "FlexPrefill"
+    paper = "arXiv 2502.20766"
+    stage = "prefill"
+    query_aware = True
+    phases = frozenset({"prefill"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gamma <= 1.01:
+            raise ConfigError(f"{self.name}: gamma={self.gamma!r} is out of range; give 0 < gamma <= 1.01, e.g. 0.9.")
+        if not self.tau >= 0:
+            raise ConfigError(f"{self.name}: tau={self.tau!r} is out of range; give tau >= 0, e.g. 0.1.")
+        if self.max_budget is not None and self.max_budget < (self.min_budget or 1):
+            raise ConfigError(
+                f"{self.name}: max_budget={self.max_budget} is below min_budget={self.min_budget}; raise it, or set "
+                "max_budget to null for no limit."
+            )
+
+    @property
+    def min_blocks(self) -> int:
+        """Least blocks of columns and of offsets a head takes."""
+        return -(-(self.min_budget or 1) // self.block_size)
+
+    @property
+    def dense_up_to(self) -> int:
+        """Keys up to which a row runs dense."""
+        return max(2, self.min_blocks) * self.block_size
+
+    def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Iterator[Selection] | None:
+        if ctx.softcap is not None or kv.S <= self.dense_up_to:
+            return None
+        return self._stripes(q, kv, ctx)
+
+    def _stripes(self, q: Tensor, kv: KV, ctx: Ctx) -> Iterator[Selection]:
+        from attnpatch.decisions import Selection
+        from attnpatch.executors import selecting
+
+        size, start = self.block_size, kv.S - q.shape[2]
+        end = selecting.lengths(ctx.q_pos)
+        choice = self.choose(q, kv, ctx)
+        short = (end <= self.dense_up_to)[:, None, None, None]
+        for rows, first, last in selecting.stripes(start, q.shape[2], size, q.shape[0] * q.shape[1]):
+            chosen = selecting.offsets_to_pairs(choice.offsets, first, last) | choice.columns[:, :, None, :last]
+            if choice.pairs is not None:
+                chosen |= choice.pairs[:, :, first - start // size : last - start // size, :last]
+            chosen = (chosen | short) & selecting.real_pairs(end, size, first, last)
+            index, count = selecting.pack(chosen)
+            yield Selection(index=index, count=count, page=size, bq=size, rows=rows)
+
+    def choose(self, q: Tensor, kv: KV, ctx: Ctx) -> Choice:
+        """Spec steps 1-7 of q [B, Hq, T, D], the last T of the S tokens; short rows are not treated apart."""
+        import torch
+
+        from attnpatch.executors import line_sums, selecting
+
+        size, start = self.block_size, kv.S - q.shape[2]
+        end = selecting.lengths(ctx.q_pos)  # keys of each row [B]
+        blocks = -(-end // size)  # [B]
+        probe, probe_pos = selecting.probe_rows(q, ctx, size, start)
+        columns, diagonals = line_sums.run(
+            probe, kv, q_pos=probe_pos, scaling=ctx.scaling, newest=not ctx.ragged
+        )  # [B, Hq, S]
+        voters = (probe_pos >= 0).sum(-1).clamp(min=1)[:, None, None]
+        columns, diagonals = columns / voters, diagonals / voters
+        column_blocks = selecting.block_sums(columns, size)  # [B, Hq, nb]
+        keys = selecting.pooled(kv.k, size, end=end if ctx.ragged else None)  # [B, Hkv, nb, D]
+        voting = torch.where((probe_pos >= 0)[:, None, :, None], probe, 0.0)
+        mean = voting.sum(2, keepdim=True, dtype=keys.dtype) / voters[..., None] * ctx.scaling  # [B, Hq, 1, D]
+        aware = self._query_aware(mean, keys, column_blocks, blocks)
+        budgets = [self._budget(x, end, blocks).masked_fill(aware, self.min_blocks) for x in (columns, diagonals)]
+        return Choice(
+            selecting.top_k(_first_is_best(column_blocks, blocks), budgets[0]),
+            selecting.top_k(_first_is_best(self._bins(diagonals, end), blocks), budgets[1], later=False),
+            self._pairs(q, keys, ctx, aware, start) if self.tau > 0 else None,
+            aware,
+        )
+
+    def _budget(self, lines: Tensor, end: Tensor, blocks: Tensor) -> Tensor:
+        """Blocks that each head takes of lines [B, Hq, S]: int [B, Hq] (step 3)."""
+        import torch
+
+        from attnpatch.executors import selecting
+
+        count = selecting.mass_count(lines, self.gamma, end[:, None]) // (128 if self.strict else self.block_size) + 1
+        most = blocks if self.max_budget is None else blocks.clamp(max=-(-self.max_budget // self.block_size))
+        return torch.minimum(count.clamp(min=self.min_blocks), most[:, None])
+
+    def _bins(self, diagonals: Tensor, end: Tensor) -> Tensor:
+        """Mass per block offset [B, Hq, nb] of diagonals [B, Hq, S], index = distance (step 4)."""
+        import torch
+
+        from attnpatch.executors import selecting
+
+        if self.strict:  # offset 0 covers only the distances below end % size, all others follow
+            shift = (-end % self.block_size)[:, None]
+            at = torch.arange(diagonals.shape[-1] + self.block_size, device=end.device) - shift  # [B, S + size]
+            index = at.clamp(min=0, max=diagonals.shape[-1] - 1)[:, None].expand(-1, diagonals.shape[1], -1)
+            outside = ((at < 0) | (at >= end[:, None]))[:, None]
+            sums = selecting.block_sums(diagonals.gather(-1, index).masked_fill(outside, 0.0), self.block_size)
+            return sums[..., : -(-diagonals.shape[-1] // self.block_size)]
+        return selecting.block_sums(diagonals, self.block_size)
+
+    def _query_aware(self, mean: Tensor, keys: Tensor, true: Tensor, blocks: Tensor) -> Tensor:
+        """bool [B, Hq]: the pooled estimate comes near the true column mass [B, Hq, nb] (step 5)."""
+        import torch
+
+        from attnpatch.executors import selecting
+
+        real = (torch.arange(true.shape[-1], device=true.device) < blocks[:, None])[:, None]  # [B, 1, nb]
+        logits = selecting.pair_scores(mean, keys)[:, :, 0].masked_fill(~real, float("-inf"))
+        estimate = torch.softmax(logits, dim=-1)  # NaN for a batch row of pads alone, which is then not query-aware
+        middle = (estimate + true) / 2
+        divergence = torch.zeros_like(true[..., 0])  # [B, Hq]
+        for p in (estimate, true):
+            kept = real if self.strict else real & (p > 0)  # 0 * log 0 is 0, or NaN if strict
+            divergence = divergence + 0.5 * torch.where(kept, p * (p / middle).log(), 0.0).sum(-1)
+        return (divergence if self.strict else divergence.clamp(min=0)).sqrt() < self.tau
+
+    def _pairs(self, q: Tensor, keys: Tensor, ctx: Ctx, aware: Tensor, start: int) -> Tensor:
+        """bool [B, Hq, R, nb]: pooled pairs that hold gamma of the mass of all rows together (step 7)."""
+        import torch
+
+        from attnpatch.executors import selecting
+
+        size, end = self.block_size, selecting.lengths(ctx.q_pos)
+        means = selecting.pooled(q, size, start=start, end=end if ctx.ragged else None) * ctx.scaling  # [B, Hq, R, D]
+        visible = selecting.real_pairs(end, size, start // size, keys.shape[2])  # [B, 1, R, nb]
+        mass = (-(-end // size) - start // size).double() * self.gamma  # [B]
+        group, out = q.shape[1] // keys.shape[1], []
+        # the map of one kv head after the other where that of all would not fit
+        for h in selecting.head_slices(keys.shape[1], q.shape[0] * group * visible[0].numel()):
+            logits = selecting.pair_scores(means[:, h.start * group : h.stop * group], keys[:, h])
+            a = torch.softmax(logits.masked_fill(~visible, float("-inf")), dim=-1)
+            a = torch.where(visible, a, 0.0).flatten(2)  # also the NaN of rows without queries
+            kept = selecting.top_mass(a, mass[:, None], lag=1 if self.include_crossing else 0)
+            out.append(kept.unflatten(2, visible.shape[2:]) & visible)
+        return torch.cat(out, dim=1) & aware[..., None, None]
+
+
+def _first_is_best(scores: Tensor, blocks: Tensor) -> Tensor:
+    """Scores [B, H, nb] with the first block forced and those behind each row's end never taken."""
+    import torch
+
+    at = torch.arange(scores.shape[-1], device=scores.device)
+    scores = scores.masked_fill(at == 0, float("inf"))
+    return scores.masked_fill((at >= blocks[:, None])[:, None], float("-inf"))

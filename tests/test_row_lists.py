@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -315,6 +316,22 @@ def interpreted():
     compared(q, kv, lists(q, kv, **EVERYTHING), ctx)
     kv.pos = ctx.q_pos = None
     assert torch.isfinite(run(q, kv, lists(q, kv, **EVERYTHING), ctx)[0]).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(("rows", "slots"), [(1, 1000), (1000, 1000), (301, 4097)])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_triton_kernel_on_a_gpu(dim, rows, slots, dtype, softcap):
+    for short, heads, page, bq in [(0, "Hq", 2, 64), (99, "1", 1, 16), (0, "Hkv", 16, 128), (9, "Hq", 32, 0)]:
+        q, kv, ctx = problem(rows, slots, dim=dim, dtype=dtype, short=short if rows == slots else 0)
+        selection = lists(q, kv, page=page, bq=bq, heads=heads, width=40, columns=30, sink=16, window=64)
+        q, kv.k, kv.v, kv.pos, ctx.q_pos = (x.cuda() for x in (q, kv.k, kv.v, kv.pos, ctx.q_pos))
+        selection = replace(selection, **{n: getattr(selection, n).cuda() for n in ("index", "count", "columns")})
+        ctx.softcap = softcap
+        assert row_lists.choose(q, kv, selection, ctx)[0] == "triton"
+        check(q, kv, selection, ctx)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

@@ -28,7 +28,7 @@ def _tile(
     if SOFTCAP:
         # tanh; exp2 to infinity or zero is right
         logits = cap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634 / cap)) + 1.0))
-    close = (slot[None, :] < sink) | (row[:, None] - slot[None, :] < window)
+    close = (slot[None, :] < sink) | (slot[None, :] > (row - window)[:, None])
     seen = ok[None, :] & (slot[None, :] <= row[:, None]) & (close == NEAR)
     logits = tl.where(seen, logits * 1.4426950408889634, float("-inf"))
     highest = tl.maximum(top, tl.max(logits, 1))
@@ -41,13 +41,69 @@ def _tile(
     return acc, highest, total
 
 
-@triton.jit(do_not_specialize=["rows", "slots", "offset", "width", "columns", "sink", "window", "per"])
+@triton.jit
+def _pages(
+    acc, top, total, index, width, end, q, row, k, v, pos, k_step, v_step, scale, cap, sink, window,
+    D: tl.constexpr, WIDE: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, HOLES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The first `width` pages of a list; a page that repeats its neighbour is skipped."""
+    n = tl.arange(0, N)
+    for begin in range(0, width * PAGE, N):
+        entry = (begin + n) // PAGE
+        page = tl.load(index + entry, mask=entry < width, other=-1)
+        before = tl.load(index + entry - 1, mask=(entry < width) & (entry > 0), other=-1)
+        slot = page * PAGE + (begin + n) % PAGE
+        ok = (page >= 0) & (page != before) & (slot < end)
+        acc, top, total = _tile(
+            acc, top, total, q, slot, ok, row, k, v, pos, k_step, v_step, scale, cap, sink, window,
+            D, WIDE, HOLES, SOFTCAP, False,
+        )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
+def _columns(
+    acc, top, total, listed, repeated, columns, end, q, row, k, v, pos, k_step, v_step, scale, cap, sink, window,
+    D: tl.constexpr, WIDE: tl.constexpr, N: tl.constexpr, REPEATS: tl.constexpr, HOLES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The listed columns but for those that the pages hold."""
+    n = tl.arange(0, N)
+    for begin in range(0, columns, N):
+        slot = tl.load(listed + begin + n, mask=begin + n < columns, other=end)
+        ok = slot < end
+        if REPEATS:
+            ok = ok & (tl.load(repeated + begin + n, mask=ok, other=1) == 0)
+        acc, top, total = _tile(
+            acc, top, total, q, slot, ok, row, k, v, pos, k_step, v_step, scale, cap, sink, window,
+            D, WIDE, HOLES, SOFTCAP, False,
+        )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
+def _range(
+    acc, top, total, first, stop, q, row, k, v, pos, k_step, v_step, scale, cap, sink, window,
+    D: tl.constexpr, WIDE: tl.constexpr, N: tl.constexpr, HOLES: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The sink or window keys among slots first .. stop - 1."""
+    for begin in range(first, stop, N):
+        slot = begin + tl.arange(0, N)
+        acc, top, total = _tile(
+            acc, top, total, q, slot, slot < stop, row, k, v, pos, k_step, v_step, scale, cap, sink, window,
+            D, WIDE, HOLES, SOFTCAP, True,
+        )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["rows", "offset", "width", "columns", "sink", "window", "per"])
 def _kernel(
     Q, K, V, POS, QPOS, INDEX, COUNT, COLUMNS, REPEATED, OUT, LSE,
     q_batch, q_head, q_step, k_batch, k_head, k_step, v_batch, v_head, v_step, pos_batch, pos_head, qpos_batch,
     index_batch, index_head, index_list, count_batch, count_head, columns_batch, columns_head,
     repeated_batch, repeated_head, repeated_list, out_batch, out_step, lse_batch, lse_head,
-    scale, cap, rows, slots, offset, width, columns, sink, window, per, heads, group,
+    scale, cap, rows, offset, width, columns, sink, window, per, heads, group,
     index_group, count_group, columns_group, repeated_group,
     D: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     LISTS: tl.constexpr, COUNTS: tl.constexpr, COLS: tl.constexpr, REPEATS: tl.constexpr, HOLES: tl.constexpr,
@@ -60,7 +116,7 @@ def _kernel(
     K += batch * k_batch + kv_head * k_head
     V += batch * v_batch + kv_head * v_head
     POS += batch * pos_batch + kv_head * pos_head
-    m, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, WIDE)
+    m, d = tl.arange(0, M), tl.arange(0, WIDE)
     r = tile * TILE + m  # rows of the term
     real = (m < TILE) & (r < rows)
     mask = real[:, None] & (d[None, :] < D)
@@ -79,43 +135,25 @@ def _kernel(
             width = tl.load(COUNT + batch * count_batch + (head // count_group) * count_head + which).to(tl.int32)
         if end == 0:  # a tile of padding
             width = 0
-        for begin in range(0, width * PAGE, N):
-            entry = (begin + n) // PAGE
-            page = tl.load(INDEX + entry, mask=entry < width, other=-1)
-            before = tl.load(INDEX + entry - 1, mask=(entry < width) & (entry > 0), other=-1)
-            slot = page * PAGE + (begin + n) % PAGE
-            ok = (page >= 0) & (page != before) & (slot < end) & (slot < slots)
-            acc, top, total = _tile(
-                acc, top, total, q, slot, ok, row, K, V, POS, k_step, v_step, scale, cap, sink, window,
-                D, WIDE, HOLES, SOFTCAP, False,
-            )  # fmt: skip
+        acc, top, total = _pages(
+            acc, top, total, INDEX, width, end, q, row, K, V, POS, k_step, v_step, scale, cap, sink, window,
+            D, WIDE, N, PAGE, HOLES, SOFTCAP,
+        )  # fmt: skip
     if COLS:
         COLUMNS += batch * columns_batch + (head // columns_group).to(tl.int64) * columns_head
         REPEATED += batch * repeated_batch + (head // repeated_group).to(tl.int64) * repeated_head
         REPEATED += which.to(tl.int64) * repeated_list
-        for begin in range(0, columns, N):
-            slot = tl.load(COLUMNS + begin + n, mask=begin + n < columns, other=slots)
-            ok = slot < end
-            if REPEATS:
-                ok = ok & (tl.load(REPEATED + begin + n, mask=ok, other=1) == 0)
-            acc, top, total = _tile(
-                acc, top, total, q, slot, ok, row, K, V, POS, k_step, v_step, scale, cap, sink, window,
-                D, WIDE, HOLES, SOFTCAP, False,
-            )  # fmt: skip
-    for begin in range(0, tl.minimum(sink, end), N):
-        slot = begin + n
-        ok = (slot < sink) & (slot < end)
-        acc, top, total = _tile(
-            acc, top, total, q, slot, ok, row, K, V, POS, k_step, v_step, scale, cap, sink, window,
-            D, WIDE, HOLES, SOFTCAP, True,
+        acc, top, total = _columns(
+            acc, top, total, COLUMNS, REPEATED, columns, end, q, row, K, V, POS, k_step, v_step, scale, cap,
+            sink, window, D, WIDE, N, REPEATS, HOLES, SOFTCAP,
         )  # fmt: skip
-    if window > 0:
-        for begin in range(tl.maximum(sink, offset + tile * TILE - window + 1), end, N):
-            slot = begin + n
-            acc, top, total = _tile(
-                acc, top, total, q, slot, slot < end, row, K, V, POS, k_step, v_step, scale, cap, sink, window,
-                D, WIDE, HOLES, SOFTCAP, True,
-            )  # fmt: skip
+    near = tl.maximum(sink, offset + tile * TILE - window + 1)
+    if window == 0:
+        near = end
+    acc, top, total = _range(acc, top, total, 0, tl.minimum(sink, end), q, row, K, V, POS, k_step, v_step, scale, cap,
+                             sink, window, D, WIDE, N, HOLES, SOFTCAP)  # fmt: skip
+    acc, top, total = _range(acc, top, total, near, end, q, row, K, V, POS, k_step, v_step, scale, cap,
+                             sink, window, D, WIDE, N, HOLES, SOFTCAP)  # fmt: skip
 
     safe = tl.where(total == 0.0, 1.0, total)
     acc = acc / safe[:, None]
@@ -180,7 +218,7 @@ def launch(
         *(_strides(pos, 2) if kv.holes else (0, 0)), *_strides(q_pos, 1),
         *_strides(index, 3), *_strides(count, 2), *_strides(columns, 2), *_strides(repeated, 3),
         out.stride(0), out.stride(1), *(lse.stride()[:2] if want_lse else (0, 0)),
-        float(ctx.scaling), float(ctx.softcap or 1.0), tiles.rows, slots, offset,
+        float(ctx.scaling), float(ctx.softcap or 1.0), tiles.rows, offset,
         0 if index is None else index.shape[3], 0 if columns is None else columns.shape[2],
         selection.sink, selection.window, tiles.per, heads, heads // kv_heads, *groups,
         LISTS=index is not None, COUNTS=count is not None, COLS=columns is not None, REPEATS=repeated is not None,

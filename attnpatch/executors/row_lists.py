@@ -285,7 +285,7 @@ def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: boo
     own = max([kv_heads, *(x.shape[1] for x in (lists.index, lists.columns) if x is not None)])  # heads with own lists
     group, ordered, offset = heads // own, aligned(q, kv), slots - total + tiles.first
     pos, q_pos = _positions(q, kv, ctx, tiles)
-    pos = _spread(_spread(pos, batch, kv_heads), batch, own)  # [B, own, S]
+    pos, q_pos = _spread(_spread(pos, batch, kv_heads), batch, own), q_pos.to(pos.dtype)  # [B, own, S], [B|1, rows]
     pad = tiles.count * tiles.tile - tiles.rows
     rows = F.pad(q[:, :, tiles.first : tiles.first + tiles.rows], (0, 0, 0, pad))
     rows = rows.view(batch, own, group, tiles.count, tiles.tile, dim).transpose(2, 3)
@@ -297,10 +297,10 @@ def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: boo
         slot, ok, near = _candidates(selection, lists, tiles, which, (batch, own), offset, slots, ordered)
         key = pos.gather(2, slot.flatten(2)).view(slot.shape)[:, :, :, None]  # [B, own, r, 1, L]
         row = q_pos[:, :, begin : begin + step, :, None]  # [B|1, 1, r, tile, 1]
-        close = (key < selection.sink) | (row - key < selection.window)
+        close = (key < selection.sink) | (key > row - selection.window)
         # a listed key that is close counts by its position alone
         seen = (ok[:, :, :, None] & (key >= 0)) & (key <= row) & (close == near)
-        seen = seen if ctx.window is None else seen & (row - key < ctx.window)
+        seen = seen if ctx.window is None else seen & (key > row - ctx.window)
         out, lse = _attend(rows[:, :, begin : begin + step], kv, slot, seen, key[:, :, :, 0] >= 0, ctx)
         outs.append(out.to(q.dtype))
         logsums.append(lse)

@@ -145,8 +145,8 @@ def _run_torch(
 
 
 def group_mean(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Mean over the query heads that share a kv head: [B, Hq, S] -> [B, Hkv, S]."""
-    return x.unflatten(1, (kv_heads, -1)).mean(dim=2)
+    """Mean over the query heads that share a kv head, in fp32: [B, Hq, S] -> [B, Hkv, S]."""
+    return x.unflatten(1, (kv_heads, -1)).mean(dim=2, dtype=torch.float32)
 
 
 def group_max(x: torch.Tensor, kv_heads: int) -> torch.Tensor:

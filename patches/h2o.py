@@ -53,7 +53,9 @@ class H2O(EvictPatch):
     def observe(self, q: Tensor, kv: KV, ctx: Ctx) -> None:
         from attnpatch.executors import column_sums
 
-        sums = column_sums.run(q, kv, q_pos=ctx.q_pos, scaling=ctx.scaling, softcap=ctx.softcap, lse=ctx.lse)
+        sums = column_sums.run(
+            q, kv, q_pos=ctx.q_pos, scaling=ctx.scaling, softcap=ctx.softcap, lse=ctx.lse, newest=not ctx.ragged
+        )
         sums = sums.unflatten(1, (kv.k.shape[1], -1)).sum(2)  # [B, Hkv, S]
         kv.state["score"] = kv.state["score"] + sums if "score" in kv.state else sums
 

@@ -21,7 +21,6 @@ def window_votes(kv: KV, ctx: Ctx, kernel_size: int, pooling: str, gqa: str) -> 
     SnapKV steps 3-6: softmax over all visible keys in fp32, summed over the window's rows, pooled along the
     sequence, then reduced over the query heads of a KV head.
     """
-    import torch
     from torch.nn import functional as F
 
     from attnpatch.executors import column_sums
@@ -40,8 +39,8 @@ def window_votes(kv: KV, ctx: Ctx, kernel_size: int, pooling: str, gqa: str) -> 
         pooled = pooled.masked_fill(outside, 0.0)
     else:  # zero padding counted in the divisor, as the reference does
         pooled = F.avg_pool1d(votes.masked_fill(outside, 0.0), kernel_size, 1, kernel_size // 2)
-    grouped = pooled.unflatten(1, (-1, group))  # [B, Hkv, G, S]
-    return grouped.amax(2) if gqa == "group_max" else grouped.mean(2, dtype=torch.float32)
+    reduce = column_sums.group_max if gqa == "group_max" else column_sums.group_mean
+    return reduce(pooled, kv.k.shape[1])
 
 
 @register("snapkv")

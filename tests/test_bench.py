@@ -7,7 +7,10 @@ import json
 import pytest
 import torch
 
-from attnpatch.bench import engine, quality
+import attnpatch
+from attnpatch import testbed
+from attnpatch.api import resolve
+from attnpatch.bench import engine, quality, shared
 from attnpatch.bench.shapes import SHAPES, random_model, twin
 from attnpatch.errors import ConfigError
 
@@ -67,10 +70,61 @@ def test_quality_stops_in_time(tmp_path):
 def test_right_answers_are_counted():
     model = random_model("tiny", dtype=torch.float32, device="cpu")
     prompts, _ = quality.RandomCases().batch(quality.Task("needle", 40, 1, 2, 2), 0, 2)
-    greedy = quality.answers(model, prompts, 3)
+    greedy = shared.greedy(model, prompts, 3).tolist()
     wrong = [(greedy[1][0] + 1) % 4096, *greedy[1][1:]]
-    assert quality.correct(model, quality.Method("dense"), prompts, [greedy[0], wrong]) == 1
-    assert quality.correct(model, quality.Method("snapkv", 1.0), prompts, greedy) == 2
+    methods = [quality.Method("snapkv", 1.0), quality.Method("dense")]
+    seconds = dict.fromkeys(methods, 0.0)
+    assert quality.correct(model, methods, prompts, [greedy[0], wrong], seconds) == [1, 1]
+    assert quality.correct(model, methods, prompts, greedy, seconds) == [2, 2]
+    assert all(seconds.values())
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return testbed.load()[0]
+
+
+@pytest.mark.parametrize("name", quality.METHODS)
+def test_a_shared_prefill_leaves_the_cache_and_answers_of_a_plain_one(name, embedded):
+    task = quality.Task("needle", 1024, 4, 2, 2)
+    prompts, wanted = quality.Cases().batch(task, 0, 2)
+    tokens = max(map(len, wanted)) + 4
+    patches = [quality.Method(name, budget).patch(1024) for budget in (0.05, 0.25)]
+    record = shared.record(embedded, patches, prompts)
+    for patch in patches:
+        with attnpatch.patched(embedded, patch):
+            plain = attnpatch.PatchCache(embedded)
+            first = shared.greedy(embedded, prompts, 1, plain)
+            resumed = shared.resume(embedded, patch, record)
+            for a, b in zip(plain.layers, resumed.layers, strict=True):
+                assert torch.equal(a.pos, b.pos) and torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+                assert a.state.keys() == b.state.keys() and a.plain == b.plain
+                assert all(torch.equal(a.state[n], b.state[n]) for n in a.state)
+                assert a.held < 1024 == a.seen == b.seen
+            expected = shared.greedy(embedded, prompts, tokens)
+        assert torch.equal(first, record.first)
+        assert shared.answers(embedded, patch, record, tokens) == expected.tolist()
+
+
+def test_what_can_share_a_prefill():
+    def kind(name, budget, **values):
+        return shared.kind(resolve(name, budget=budget, **values)[0])
+
+    assert kind("snapkv", 0.1) == kind("random", 0.2) == kind("pyramidkv", 64)
+    assert kind("h2o", 0.1) == kind("h2o", 0.2) != kind("snapkv", 0.1)
+    assert kind("h2o", 0.1) != kind("h2o", 0.1, normalize=True)
+
+
+def test_an_answer_that_ends_at_its_first_token_is_padded_as_generate_does():
+    model = random_model("tiny", dtype=torch.float32, device="cpu")
+    prompts, _ = quality.RandomCases().batch(quality.Task("needle", 40, 1, 2, 2), 0, 2)
+    patch = quality.Method("snapkv", 0.5).patch(40)
+    first = shared.greedy(model, prompts, 1)
+    for ends in ([int(first[0])], first.flatten().tolist()):
+        model.generation_config.eos_token_id = ends
+        with attnpatch.patched(model, patch):
+            expected = shared.greedy(model, prompts, 4).tolist()
+        assert shared.answers(model, patch, shared.record(model, [patch], prompts), 4) == expected
 
 
 def test_plan_interleaves_the_tasks_and_covers_each_sample_once():

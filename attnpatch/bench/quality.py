@@ -1,7 +1,8 @@
 """What eviction costs in answers: `python -m attnpatch.bench.quality --out FILE.json [--device cuda]`.
 
 Every method answers the same prompts of the embedded model's tasks by greedy `generate`; an answer counts only if all
-its tokens are right. Batches go through all methods in turn, so a run that stops early has equal counts for all.
+its tokens are right. Batches go through all methods in turn, so a run that stops early has equal counts for all; the
+methods share one dense prefill of a batch (`attnpatch.bench.shared`), which gives the answers of plain `generate`.
 `--tiny` is a dry run on a random toy model; its figures mean nothing.
 """
 
@@ -18,10 +19,12 @@ from typing import Any
 
 import torch
 
-from attnpatch import patched
+from attnpatch.api import resolve
+from attnpatch.bench import shared
 from attnpatch.bench.measure import environment
 from attnpatch.bench.shapes import SHAPES, random_model
 from attnpatch.errors import ConfigError
+from attnpatch.patch import Patch
 from attnpatch.testbed import tasks
 
 METHODS = ("snapkv", "pyramidkv", "h2o", "streamingllm", "random")
@@ -64,6 +67,10 @@ class Method:
             values["window_size"] = max(1, min(WINDOWS[self.name], capacity // 2))
         return values
 
+    def patch(self, length: int) -> Patch:
+        """The patch itself for prompts of `length` tokens."""
+        return resolve(self.name, **self.options(length))[0]
+
 
 class Cases:
     """Prompts and answers of exactly equal prompt length, the same for every method."""
@@ -90,34 +97,51 @@ class RandomCases(Cases):
         return ids[: task.length], ids[task.length :]
 
 
-def answers(model: Any, prompts: torch.Tensor, tokens: int) -> list[list[int]]:
-    """Greedy continuations of `tokens` ids each."""
-    ids = prompts.to(model.device)
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens,
-        pad_token_id=model.config.pad_token_id,
-    )  # fmt: skip
-    return out[:, ids.shape[1] :].tolist()
+def correct(
+    model: Any, methods: list[Method], prompts: torch.Tensor, wanted: list[list[int]], seconds: dict[Method, float]
+) -> list[int]:
+    """How many prompts the model answers exactly under each method; halves the batch when memory runs out.
 
-
-def correct(model: Any, method: Method, prompts: torch.Tensor, wanted: list[list[int]]) -> int:
-    """How many prompts the model answers exactly under `method`; halves the batch when memory runs out."""
-    tokens = max(map(len, wanted))
+    Adds to `seconds`; a prefill that methods share is split evenly among them.
+    """
     try:
-        if method.name == "dense":
-            got = answers(model, prompts, tokens)
-        else:
-            with patched(model, method.name, **method.options(prompts.shape[1])):
-                got = answers(model, prompts, tokens)
+        hits = _correct(model, methods, prompts.to(model.device), wanted, seconds)
     except torch.OutOfMemoryError:
-        got = None
-    if got is None:
+        hits = None
+    if hits is None:
         if len(prompts) == 1:
-            raise ConfigError(f"one prompt of {prompts.shape[1]} tokens does not fit in memory under {method.label}.")
+            raise ConfigError(f"one prompt of {prompts.shape[1]} tokens does not fit in memory.")
         torch.cuda.empty_cache()
         half = len(prompts) // 2
-        return sum(correct(model, method, prompts[s], wanted[s]) for s in (slice(half), slice(half, None)))
-    return sum(line[: len(answer)] == answer for line, answer in zip(got, wanted, strict=True))
+        parts = (correct(model, methods, prompts[s], wanted[s], seconds) for s in (slice(half), slice(half, None)))
+        return [sum(pair) for pair in zip(*parts, strict=True)]
+    return [hits[m] for m in methods]
+
+
+def _correct(
+    model: Any, methods: list[Method], prompts: torch.Tensor, wanted: list[list[int]], seconds: dict[Method, float]
+) -> dict[Method, int]:
+    tokens, hits = max(map(len, wanted)), {}
+
+    def count(method: Method, since: float, lines: list[list[int]], shared_seconds: float = 0.0) -> None:
+        hits[method] = sum(line[: len(answer)] == answer for line, answer in zip(lines, wanted, strict=True))
+        seconds[method] += time.monotonic() - since + shared_seconds
+
+    for dense in (m for m in methods if m.name == "dense"):
+        since = time.monotonic()
+        count(dense, since, shared.greedy(model, prompts, tokens).tolist())
+    patches = {m: m.patch(prompts.shape[1]) for m in methods if m.name != "dense"}
+    groups: dict[Any, list[Method]] = {}
+    for method, patch in patches.items():
+        groups.setdefault(shared.kind(patch), []).append(method)
+    for group in groups.values():
+        since = time.monotonic()
+        record = shared.record(model, [patches[m] for m in group], prompts)
+        prefill = (time.monotonic() - since) / len(group)
+        for method in group:
+            since = time.monotonic()
+            count(method, since, shared.answers(model, patches[method], record, tokens), prefill)
+    return hits
 
 
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -159,11 +183,7 @@ class Run:
                 self.stopped = "time ran out; n says how many samples each row has"
                 continue
             prompts, wanted = cases.batch(task, first, count)
-            got = []
-            for method in self.methods:
-                since = time.monotonic()
-                got.append(correct(model, method, prompts, wanted))
-                self.seconds[method] += time.monotonic() - since
+            got = correct(model, self.methods, prompts, wanted, self.seconds)
             for method, hits in zip(self.methods, got, strict=True):
                 self.hits[task, method] += hits
             self.n[task] += count

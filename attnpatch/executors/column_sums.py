@@ -1,13 +1,19 @@
-"""How much attention each key slot receives from a set of query rows, in bounded memory. Plain torch, any device."""
+"""How much attention each key slot receives from a set of query rows, in bounded memory. `choose` says how."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from attnpatch.errors import ConfigError
+
 MAX_BLOCK = 64 * 2**20
-"""Most logits (elements) held at once."""
+"""Most logits (elements) held at once by the torch form."""
+FUSED_ROWS = 64
+"""Fewest query rows that fill a tile of the fused form."""
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -41,6 +47,37 @@ def rows_per_block(batch: int, heads: int, slots: int, most: int) -> int:
     return max(1, min(most, MAX_BLOCK // max(1, batch * heads * slots)))
 
 
+@lru_cache(maxsize=1)
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _not_triton(queries: torch.Tensor, kv: Any, lse: torch.Tensor | None) -> str | None:
+    """What stands in the way of the fused form, or None."""
+    rows, dim = queries.shape[2:]
+    if lse is None:
+        return "needs the rows' log-sum-exp"
+    capability = torch.cuda.get_device_capability(queries.device)[0] if queries.device.type == "cuda" else 0
+    if capability < 8:
+        here = f"capability {capability}" if capability else queries.device.type
+        return f"needs CUDA capability >= 8, this is {here}"
+    if queries.dtype not in (torch.float16, torch.bfloat16) or kv.k.dtype != queries.dtype:
+        return f"needs float16 or bfloat16, this is {str(queries.dtype).removeprefix('torch.')}"
+    if dim % 8 or dim > 256:
+        return f"needs a head dimension that is a multiple of 8 up to 256, this is {dim}"
+    if rows < FUSED_ROWS:
+        return f"needs {FUSED_ROWS} rows to fill a tile, these are {rows}"
+    if torch.compiler.is_compiling():
+        return "is not traced by torch.compile"
+    return None if _triton_installed() else "triton is not installed"
+
+
+def choose(queries: torch.Tensor, kv: Any, lse: torch.Tensor | None) -> tuple[str, str]:
+    """(backend, reason) for this call: "triton" (fused) or "torch" (blocks of logits). Never waits for the device."""
+    why = _not_triton(queries, kv, lse)
+    return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
+
+
 @torch.no_grad()
 def run(
     queries: torch.Tensor,
@@ -51,15 +88,31 @@ def run(
     softcap: float | None = None,
     lse: torch.Tensor | None = None,
     newest: bool = False,
+    _backend: str | None = None,
 ) -> torch.Tensor:
     """Sum over the query rows of the softmax probability of each slot, over all visible slots: fp32 [B, Hq, S].
 
     queries: [B, Hq, w, D]; q_pos: int [B, w], true positions, rows with -1 contribute nothing.
     kv: see `attnpatch.executors`; a slot is visible where 0 <= pos <= q_pos; empty slots get 0 whatever they hold.
-    lse: fp [B, Hq, w] natural log-sum-exp of the scaled soft-capped logits over the same slots; saves one pass.
+    lse: fp [B, Hq, w] natural log-sum-exp of the scaled soft-capped logits over the same slots; saves one pass, and is
+      what the fused form needs. A row with -inf contributes nothing.
     newest: the rows are the newest w tokens in order and no slot is empty, so only the last w slots need a mask.
     Without holes, w == S means the rows are the slots themselves (whole-prompt scoring): later columns are skipped.
     """
+    name = _backend or choose(queries, kv, lse)[0]
+    if name == "torch":
+        return _run_torch(queries, kv, q_pos, scaling, softcap, lse, newest)
+    if name != "triton" or lse is None:
+        raise ConfigError(f"column sums by {name!r}: allowed are 'torch', and 'triton' where lse is given.")
+    from attnpatch.executors._column_sums_triton import launch
+
+    return launch(queries, kv.k, kv.pos, q_pos, lse, scaling, softcap)
+
+
+def _run_torch(
+    queries: torch.Tensor, kv: Any, q_pos: torch.Tensor, scaling: float, softcap: float | None,
+    lse: torch.Tensor | None, newest: bool,
+) -> torch.Tensor:  # fmt: skip
     batch, heads, rows, dim = queries.shape
     kv_heads, slots = kv.k.shape[1], kv.k.shape[2]
     group = heads // kv_heads
@@ -74,15 +127,13 @@ def run(
         logits = matmul(block, keys[..., :width]).view(batch, kv_heads, group, stop - start, width).mul_(scaling)
         if softcap is not None:
             logits.div_(softcap).tanh_().mul_(softcap)
-        if newest and lse is None and not triangular:
-            late = logits[..., max(0, slots - rows) :]
-            hidden = kv.pos[:, :, None, None, max(0, slots - rows) :] > q_pos[:, None, None, start:stop, None]
-            late.masked_fill_(hidden, float("-inf"))
+        first = max(0, slots - rows) if newest and not triangular else 0  # earlier slots are visible to all rows
+        pos, row = kv.pos[:, :, None, None, first:width], q_pos[:, None, None, start:stop, None]
+        # also replaces the NaN logits of empty slots and padding rows
+        logits[..., first:].masked_fill_((pos < 0) | (pos > row), float("-inf"))
+        if first and lse is None:  # no row is empty
             total += torch.softmax(logits, dim=-1).sum(dim=3)
             continue
-        pos, row = kv.pos[:, :, None, None, :width], q_pos[:, None, None, start:stop, None]
-        # also replaces the NaN logits of empty slots and padding rows
-        logits.masked_fill_((pos < 0) | (pos > row), float("-inf"))
         if lse is None:
             norm = torch.logsumexp(logits, dim=-1, keepdim=True)  # [B, Hkv, G, r, 1]
         else:
@@ -94,8 +145,8 @@ def run(
 
 
 def group_mean(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Mean over the query heads that share a kv head: [B, Hq, S] -> [B, Hkv, S]."""
-    return x.unflatten(1, (kv_heads, -1)).mean(dim=2)
+    """Mean over the query heads that share a kv head, in fp32: [B, Hq, S] -> [B, Hkv, S]."""
+    return x.unflatten(1, (kv_heads, -1)).mean(dim=2, dtype=torch.float32)
 
 
 def group_max(x: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,8 @@ from attnpatch.patch import Patch
 
 if TYPE_CHECKING:
     from attnpatch.engine.call import KV, Ctx
+
+_UNPADDED: Any = SimpleNamespace(padding=None)  # all that a layer asks of a call
 
 
 class _Recorder(Patch):
@@ -131,14 +134,14 @@ def resume(model: Any, patch: Patch, record: Record) -> PatchCache:
     batch, length = record.prompts.shape
     cache.expect(length)
     cache.begin(length, 0)
-    cache.batch = batch
+    cache.batch, cache.generating = batch, True
     for index, source in enumerate(record.cache.layers):
         layer = cache.layers[index]
         if not isinstance(layer, PatchLayer) or not isinstance(source, PatchLayer):
             cache.layers[index] = copy.deepcopy(source)
             continue
         layer.update(source.keys, source.values)
-        kv = layer.append(source.keys.clone(), source.values.clone(), None)
+        kv = layer.append(source.keys.clone(), source.values.clone(), _UNPADDED)
         kv.pos = layer.pos
         kv.state.update({name: t.clone() for name, t in source.state.items()})
         kv.plain.update(source.plain)

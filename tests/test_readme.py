@@ -37,14 +37,6 @@ def test_snippet_runs(number, capsys):
         patch._REGISTRY.update(before)
 
 
-def test_example_is_short_and_runs(capsys):
-    code = (ROOT / "examples" / "snapkv.py").read_text(encoding="utf-8")
-    if weights_missing():
-        pytest.skip("the embedded model's weights are not in this checkout")
-    exec(compile(code, "examples/snapkv.py", "exec"), {"__name__": "__main__"})
-    assert "expected" in capsys.readouterr().out
-
-
 def test_table_lists_every_method():
     from attnpatch.patch import list_patches
 

@@ -184,7 +184,7 @@ def get_patch(name: str) -> type[Patch]:
     """The dataclass registered under `name`; ConfigError names the nearest and all allowed names."""
     known = list_patches()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown patch {name!r}.{hint} Known patches: {', '.join(known)}.")
     return known[name]

@@ -10,7 +10,7 @@ import torch
 import attnpatch
 from attnpatch import testbed
 from attnpatch.api import resolve
-from attnpatch.bench import engine, quality, shared
+from attnpatch.bench import engine, quality, shared, startup
 from attnpatch.bench.shapes import SHAPES, random_model, twin
 from attnpatch.errors import ConfigError
 
@@ -139,3 +139,28 @@ def test_missing_books_are_named(tmp_path):
         quality.read_books([tmp_path / "none.txt"])
     with pytest.raises(ConfigError, match="no .txt"):
         quality.read_books([tmp_path])
+
+
+def test_startup_run(tmp_path):
+    out = tmp_path / "startup.json"
+    startup.main(["--runs", "1", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert {"P11", "versions", "commit", "device"} <= set(result) and set(result["P11"]) == set(startup.CODE)
+    assert all(row["n"] == 1 and row["median_ms"] > 0 for row in result["P11"].values())
+    assert all(row["heavy_imports"] == [] for row in result["P11"].values())
+    assert result["P11"]["bare interpreter"]["added_ms"] == 0
+
+
+def test_startup_sees_what_is_imported():
+    assert startup.heavy_imports("import numpy") == ["numpy"]
+
+
+def test_startup_evidence_backs_the_readme():
+    from pathlib import Path
+
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "recipes/evidence/startup.json").read_text())["P11"]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    for name, target in startup.TARGET_MS.items():
+        assert rows[name]["n"] >= 15 and rows[name]["added_ms"] < target and not rows[name]["heavy_imports"]
+        assert f"`{name}`" in text and f"{rows[name]['added_ms']:.0f} ms" in text

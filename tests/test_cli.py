@@ -107,11 +107,14 @@ def test_broken_pipe_is_quiet():
 
 
 G = ("generate", "--model", "nowhere/at/all")
+V = ("verify", "--model", "testbed", "--patch", "snapkv")
 ERRORS = [
     (("explain", "snapvk"), "unknown patch 'snapvk'. Did you mean 'snapkv'?"),
-    (("fly",), "No such command 'fly'"),
-    (("explain", "snapkv", "--colour"), "No such option: --colour"),
-    (("generate", "--patch", "snapkv"), "Missing option '--model'"),
+    (("explain", "SnapKV"), "unknown patch 'SnapKV'. Did you mean 'snapkv'?"),
+    (("fly",), "No such command 'fly'. (attnpatch --help shows"),
+    (("explain", "snapkv", "--colour"), "No such option: --colour (attnpatch explain --help shows"),
+    (("generate", "--patch", "snapkv"), "Missing option '--model'. (attnpatch generate --help shows"),
+    (("recipe", "fly"), "No such command 'fly'. (attnpatch recipe --help shows"),
     ((*G, "--prompt", "x"), "give exactly one of --patch NAME and --recipe FILE"),
     ((*G, "--patch", "snapkv", "--recipe", "snapkv", "--prompt", "x"), "give exactly one of --patch"),
     ((*G, "--patch", "snapkv"), "give exactly one of --prompt"),
@@ -134,14 +137,38 @@ ERRORS = [
     (("recipe", "show", "nothing"), "unknown recipe 'nothing'; packaged: "),
     (("recipe", "validate", "absent.yaml"), "no recipe file 'absent.yaml'"),
     (("recipe", "new", "nothing"), "unknown patch 'nothing'"),
+    (("recipe", "new", "snapkv", "-o", "."), "--output '.' is not the name of a .yaml file"),
+    (("recipe", "new", "snapkv", "-o", "mine.txt"), "--output 'mine.txt' is not the name of a .yaml file"),
+    (("verify", "--model", " ", "--patch", "snapkv"), "--model is empty; give a local folder"),
+    (("verify", "--model", __file__, "--patch", "snapkv"), "is a file; --model takes the folder"),
+    ((*V, "--device-map", "banana"), "--device-map 'banana' is not a device; choose one of cpu"),
+    ((*V, "--device-map", "cuda:99"), "--device-map cuda:99: torch can use"),
     (("demo", "--budget", "much"), "budget 'much' is not a budget"),
     (("demo", "--patch", "nothing"), "unknown patch 'nothing'"),
+    (("demo", "--patch", "snapkv+h2o"), "the demo shows one method, not 'snapkv+h2o'"),
 ]
 
 
 @pytest.mark.parametrize(("argv", "message"), ERRORS, ids=lambda x: " ".join(x)[-40:] if isinstance(x, tuple) else "")
 def test_errors_are_one_line(capsys, argv, message):
     assert message in one_error(capsys, *argv)
+
+
+def test_no_command_shows_the_help_alone(capsys):
+    for argv in ([], ["recipe"]):
+        code, out, err = outcome(capsys, *argv)
+        assert code == 2 and "Usage: attnpatch" in out and not err
+
+
+def test_unknown_hub_ids_say_what_they_were_taken_for(capsys, monkeypatch):
+    from transformers import AutoTokenizer
+
+    def offline(*args, **kwargs):
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    error = one_error(capsys, "generate", "--model", "mymodle", "--patch", "snapkv", "--prompt", "x")
+    assert "no folder 'mymodle' is here, so it was taken as a hub id" in error
 
 
 def test_debug_raises():
@@ -154,7 +181,10 @@ def test_debug_raises():
 def test_broken_model_folders(capsys, tmp_path, folder):
     (tmp_path / "empty").mkdir()
     error = one_error(capsys, "generate", "--model", tmp_path / "empty", "--patch", "snapkv", "--prompt", "x")
-    assert "cannot be loaded" in error
+    assert "has no config.json" in error
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    error = one_error(capsys, "generate", "--model", tmp_path / "empty", "--patch", "snapkv", "--prompt", "x")
+    assert "cannot be loaded" in error and not error.rstrip().endswith(":")
     import shutil
 
     shutil.copytree(folder, tmp_path / "corrupt")
@@ -228,8 +258,9 @@ def test_compare(capsys, folder):
     data = json.loads(outcome(capsys, *argv, "--max-new-tokens", "4", "--json")[1])
     assert data["dense"]["text"] == data["patched"]["text"], "a budget above the length changes nothing"
     assert data["dense"]["bytes_held"] == data["patched"]["bytes_held"]
-    code, out, _ = outcome(capsys, *argv, "--max-new-tokens", "4")
-    assert code == 0 and "share of dense" in out
+    assert "nothing was evicted" in data["patched"]["note"]
+    code, out, err = outcome(capsys, *argv, "--max-new-tokens", "4")
+    assert code == 0 and "share of dense" in out and "nothing was evicted" in err
 
 
 def test_verify(capsys, folder):

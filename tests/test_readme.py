@@ -1,14 +1,18 @@
-"""The README's Python snippets run as they stand."""
+"""The README's Python snippets and command lines run as they stand, and the files it names exist."""
 
 from __future__ import annotations
 
+import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+COMMANDS = re.findall(r"^attnpatch .*", README, re.M)
 
 
 def weights_missing() -> bool:
@@ -37,18 +41,32 @@ def test_snippet_runs(number, capsys):
         patch._REGISTRY.update(before)
 
 
-def test_example_is_short_and_runs(capsys):
-    code = (ROOT / "examples" / "snapkv.py").read_text(encoding="utf-8")
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_runs(line, capsys, monkeypatch, tmp_path):
+    """Each command line of the README, with the embedded model for PATH and short files."""
+    from attnpatch.cli.main import run
+
     if weights_missing():
         pytest.skip("the embedded model's weights are not in this checkout")
-    exec(compile(code, "examples/snapkv.py", "exec"), {"__name__": "__main__"})
-    assert "expected" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    text = "The code of amber fox is 48213. What is the code of amber fox?"
+    (tmp_path / "report.txt").write_text(text)
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    words = shlex.split(line.replace("PATH", "testbed").replace("4096", "1024").partition(" < ")[0])
+    assert words[0] == "attnpatch" and run(words[1:]) == 0
+    assert capsys.readouterr().out
+
+
+def test_files_it_names_exist():
+    names = re.findall(r"`((?:examples|notebooks|attnpatch|recipes|tests)/[\w./]*)`", README)
+    names += [f"recipes/evidence/{n}" for n in re.findall(r"`(\w+\.json)`", README)]
+    missing = [n for n in names if not (ROOT / n).exists()]
+    assert len(names) > 8 and not missing
 
 
 def test_table_lists_every_method():
     from attnpatch.patch import list_patches
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
+    rows = set(re.findall(r"^\| `(\w+)` \|", README, re.M))
     ours = {name for name, cls in list_patches().items() if cls.__module__.startswith("attnpatch.patches.")}
     assert rows == ours

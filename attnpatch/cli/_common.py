@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to spread a model
+CHATTY = ("torchao", "torch.utils._pytree")  # loggers that report on their own loading when transformers imports them
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A local folder, a hub id (downloaded if absent), or 'testbed'.")
@@ -145,18 +147,53 @@ def load_model(name: str, dtype: str | None, device_map: str | None) -> tuple[An
     import torch
 
     quiet()
-    device_map = device_map or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cpu = device_map == "cpu" or not torch.cuda.is_available()
+    source = _model_source(name)
+    device_map, on_cpu = _device(device_map)
     dtype = dtype or ("float32" if on_cpu else "auto")
     if name == "testbed":
         model, tokenizer = load_testbed()
         wanted = model.dtype if dtype == "auto" else getattr(torch, dtype)
-        return model.to(device="cpu" if on_cpu else "cuda", dtype=wanted), tokenizer
-    looks_local = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+        device = device_map if device_map not in SPREADS else "cpu" if on_cpu else "cuda"
+        return model.to(device=device, dtype=wanted), tokenizer
+    return _from_pretrained(source, dtype, device_map)
+
+
+def _model_source(name: str) -> str:
+    """The folder or hub id that --model means. Raises ConfigError where it can only be a mistake."""
+    if not name.strip():
+        raise ConfigError("--model is empty; give a local folder, a hub id such as org/model, or testbed.")
     path = Path(name).expanduser()
-    if looks_local and not path.is_dir():
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"the folder {name!r} has no config.json; give one that save_pretrained wrote.")
+        return str(path)
+    if path.exists():
+        raise ConfigError(f"{name!r} is a file; --model takes the folder with its config.json, a hub id, or testbed.")
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name:
         raise ConfigError(f"there is no model folder {name!r}; check the path, or give a hub id such as org/model.")
-    return _from_pretrained(str(path) if path.is_dir() else name, dtype, device_map)
+    return name
+
+
+def _device(wanted: str | None) -> tuple[str, bool]:
+    """(device map, whether the model runs on the CPU). Raises ConfigError on a device that is not here."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted is None:
+        return ("cuda", False) if gpus else ("cpu", True)
+    if wanted in SPREADS:
+        return wanted, not gpus
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        allowed = f"cpu, cuda, cuda:0 ..., {', '.join(SPREADS)}"
+        raise ConfigError(f"--device-map {wanted!r} is not a device; choose one of {allowed}.") from None
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ConfigError(
+            f"--device-map {wanted}: torch can use {gpus or 'no'} GPU{'s' if gpus > 1 else ''} here "
+            "(attnpatch doctor shows what it sees); leave --device-map out, or give cpu."
+        )
+    return wanted, device.type == "cpu"
 
 
 def _from_pretrained(source: str, dtype: str, device_map: str) -> tuple[Any, Any]:
@@ -170,7 +207,10 @@ def _from_pretrained(source: str, dtype: str, device_map: str) -> tuple[Any, Any
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError ...
         if "--debug" in sys.argv:
             raise
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = " ".join(lines[:4]) if lines[0].endswith(":") else lines[0]
+        if not Path(source).is_dir():
+            first += f" (no folder {source!r} is here, so it was taken as a hub id)"
         raise ConfigError(f"the model {source!r} cannot be loaded: {first}") from error
     return model.eval(), tokenizer
 
@@ -191,6 +231,10 @@ def load_testbed() -> tuple[Any, Any]:
 
 def quiet() -> None:
     """Keep transformers' notices and loading bars off the terminal; errors still come."""
+    from logging import ERROR, getLogger
+
+    for name in CHATTY:
+        getLogger(name).setLevel(ERROR)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -211,6 +255,7 @@ class Result:
     patch: str = DENSE
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     new_ids: list[int] = field(default_factory=list, repr=False)
+    note: str = ""  # what status has to say, e.g. that nothing was evicted
 
     def as_dict(self) -> dict[str, Any]:
         data = {k: v for k, v in self.__dict__.items() if k != "new_ids"}
@@ -219,7 +264,8 @@ class Result:
     def summary(self) -> str:
         held = f"KV held {human_bytes(self.bytes_held)} of {human_bytes(self.bytes_dense)} dense"
         share = percent(self.bytes_held, self.bytes_dense)
-        return f"{self.patch}: {self.prompt_tokens} + {self.new_tokens} tokens, {self.seconds:.1f} s, {held} ({share})"
+        line = f"{self.patch}: {self.prompt_tokens} + {self.new_tokens} tokens, {self.seconds:.1f} s, {held} ({share})"
+        return f"{line}\n{self.note}" if self.note else line
 
 
 def generate_once(
@@ -252,17 +298,17 @@ def generate_once(
             pad_token_id=pad, return_dict_in_generate=True, **sampling,
         )  # fmt: skip
         new_ids = out.sequences[0, ids.shape[1] :].tolist()  # waits for the device
-        seconds = time.perf_counter() - start
+        seconds, note = time.perf_counter() - start, ""
         if patches:
             from attnpatch.report import status
 
             report = status(model)
-            held, dense = report.bytes_held, report.bytes_dense
+            held, dense, note = report.bytes_held, report.bytes_dense, report.note
         else:
             held = dense = cache_bytes(output_cache(out))
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
     names = "+".join(p.name for p in patches) if patches else DENSE
-    return Result(text, ids.shape[1], len(new_ids), seconds, held, dense, names, settings_of(patches), new_ids)
+    return Result(text, ids.shape[1], len(new_ids), seconds, held, dense, names, settings_of(patches), new_ids, note)
 
 
 def settings_of(patches: list[Patch] | None) -> dict[str, Any]:

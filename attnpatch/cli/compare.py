@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import typer
+
 from attnpatch.cli import _common as c
 
 
@@ -35,6 +37,8 @@ def compare(
     if as_json:
         return c.print_json({"dense": dense.as_dict(), "patched": ours.as_dict(), "same_tokens_from_start": same})
     print_table([dense, ours], [("same tokens from the start", [str(same), str(same)])])
+    if ours.note:
+        typer.echo(ours.note, err=True)
     return None
 
 

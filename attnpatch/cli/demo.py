@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from attnpatch.cli import _common as c
+from attnpatch.errors import ConfigError
 
 WIDE_POOLING = 13  # SnapKV's published setting for Command-R
 
@@ -24,6 +25,8 @@ def demo(
     """Find a needle in 16k tokens with the embedded model, dense and with a method, side by side."""
     from attnpatch.recipe import Recipe
 
+    if "+" in patch:
+        raise ConfigError(f"the demo shows one method, not {patch!r}; name one (attnpatch list shows all).")
     # a five-digit needle and its key span more tokens than the recipe's pooling of 7 keeps together
     wide = {"kernel_size": WIDE_POOLING} if patch in ("snapkv", "pyramidkv") else {}
     patches = Recipe(patch, {"budget": budget, **wide}).build()

@@ -60,6 +60,8 @@ def run(argv: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted.", 130)
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is on the screen already
+            return 2
         if debug:
             raise
         return _fail(_message(error), 2)
@@ -82,9 +84,8 @@ def _message(error: Exception) -> str:
         return str(error)
     usage = getattr(error, "format_message", None)  # typer's own usage errors
     if usage is not None:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            return "no command given; attnpatch --help lists them."
-        return f"{usage()} (attnpatch --help shows the options)"
+        command = getattr(getattr(error, "ctx", None), "command_path", "attnpatch")
+        return f"{usage()} ({command} --help shows what is allowed)"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"unexpected {type(error).__name__}: {error} (add --debug for the traceback)"

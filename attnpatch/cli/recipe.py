@@ -47,6 +47,8 @@ def new(
     """Write a recipe that holds a method's defaults, to be edited."""
     from attnpatch.recipe import Recipe
 
+    if output is not None and (output.is_dir() or output.suffix.lower() not in (".yaml", ".yml")):
+        raise ConfigError(f"--output {str(output)!r} is not the name of a .yaml file; give one such as mine.yaml.")
     empty = Recipe(patch)
     built = empty.build()
     values = {p.name: p.hyperparameters() for p in built}

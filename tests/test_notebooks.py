@@ -1,0 +1,57 @@
+"""The notebooks run, in a short form, and are committed executed, small and without errors."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+from test_readme import ROOT, weights_missing
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SHORT = {"inside_snapkv": {"LENGTH": 1024, "BUDGET": 0.1}}  # what replaces values of the cell tagged `parameters`
+
+
+def code_cells(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_runs(path, monkeypatch, capsys):
+    matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'attnpatch[dev]')")
+    if weights_missing():
+        pytest.skip("the embedded model's weights are not in this checkout")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from attnpatch import patch
+
+    shown = []
+    monkeypatch.setattr(pyplot, "show", lambda: shown.append(pyplot.gcf()) or pyplot.close("all"))
+    before, scope = dict(patch.list_patches()), {"__name__": "__main__"}
+    try:
+        with matplotlib.rc_context():
+            for number, cell in enumerate(code_cells(path)):
+                exec(compile("".join(cell["source"]), f"{path.name} code cell {number}", "exec"), scope)
+                if "parameters" in cell["metadata"].get("tags", ()):
+                    assert SHORT[path.stem].keys() <= scope.keys()
+                    scope.update(SHORT[path.stem])
+    finally:  # a notebook that registers a method must not leak it into other tests
+        patch._REGISTRY.clear()
+        patch._REGISTRY.update(before)
+    assert shown and capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_outputs(path):
+    cells = code_cells(path)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "run it from top to bottom"
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert all(output["output_type"] in ("stream", "display_data") for output in outputs)
+    pictures = [output["data"]["image/png"] for output in outputs if output["output_type"] == "display_data"]
+    assert pictures and sum(len(base64.b64decode(p)) for p in pictures) < 150_000
+
+
+def test_there_is_one():
+    assert "inside_snapkv" in [path.stem for path in NOTEBOOKS]

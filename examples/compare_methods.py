@@ -1,4 +1,4 @@
-"""All methods at one budget on the same needles: exact answers with 95 % Wilson intervals, and time."""
+"""All evicting methods at one budget on the same needles: exact answers with 95 % Wilson intervals, and time."""
 
 import argparse
 import time
@@ -24,7 +24,8 @@ else:
 
 cases = [tasks.make("needle", args.length, keys=4, seed=seed) for seed in range(args.samples)]
 print(f"{'method':14} right of {args.samples}   95 % interval   seconds")
-for name in ("dense", *list_patches()):
+evicting = [name for name, method in list_patches().items() if method.stage == "evict"]
+for name in ("dense", *evicting):
     right, start = 0, time.perf_counter()
     with patched(model, name, budget=args.budget) if name != "dense" else nullcontext():
         for case in cases:

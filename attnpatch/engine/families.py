@@ -52,7 +52,10 @@ def inspect_model(model: Any) -> tuple[Any, tuple[LayerFact, ...]]:
     if not model._can_set_attn_implementation():
         missing.append("transformers' attention interface (set_attn_implementation)")
     if missing:
-        raise UnsupportedModelError(f"{name} does not fit: it lacks {', '.join(dict.fromkeys(missing))}.")
+        raise UnsupportedModelError(
+            f"{name} does not fit: it lacks {', '.join(dict.fromkeys(missing))}. Decoder-only models "
+            "built like Llama, Qwen2, Qwen3, Mistral, Gemma2 or Gemma3 do; load one of those."
+        )
     return decoder, _layer_facts(decoder)
 
 

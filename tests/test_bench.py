@@ -164,3 +164,12 @@ def test_startup_evidence_backs_the_readme():
     for name, target in startup.TARGET_MS.items():
         assert rows[name]["n"] >= 15 and rows[name]["added_ms"] < target and not rows[name]["heavy_imports"]
         assert f"`{name}`" in text and f"{rows[name]['added_ms']:.0f} ms" in text
+
+
+def test_prefill_quick_run(tmp_path):
+    from attnpatch.bench import prefill
+
+    prefill.main(["--quick", "--lengths", "600", "--device", "cpu", "--out", str(tmp_path / "p.json")])
+    (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert set(row["methods"]) == set(prefill.METHODS) and not any("error" in m for m in row["methods"].values())
+    assert {f"{name} total" for name in prefill.METHODS} <= set(row["over_dense"])

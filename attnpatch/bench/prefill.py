@@ -1,0 +1,160 @@
+"""What sparse prefill costs and saves: `python -m attnpatch.bench.prefill --out FILE.json [--seconds 150]`.
+
+One layer's attention of a whole prompt, B=1, Hq=32, Hkv=8, D=128, on a structured input (see `structured`): choosing
+alone, choosing and computing, and each dense backend that is usable, in turn in one run. Needs a GPU; `--quick` is a
+dry run on a CPU whose figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnpatch.api import resolve
+from attnpatch.bench.engine import backend_output, peak_memory
+from attnpatch.bench.measure import Clock, environment, interleave, ratio
+from attnpatch.decisions import Selection
+from attnpatch.engine.call import KV, Ctx
+from attnpatch.executors import column_sums, dense, dispatch
+from attnpatch.executors.lists import density
+from attnpatch.patch import Patch
+
+METHODS: dict[str, dict[str, Any]] = {
+    "flexprefill": {"gamma": 0.9},
+    "xattention": {"stride": 16},
+    "minference": {},
+    "hip": {"dense_layers": 0},
+}
+FULL, QUICK = (8192, 32768, 131072), (600, 1300)
+
+
+def structured(length: int, heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """q [1, Hq, N, D], k, v [1, Hkv, N, D]: noise plus one shared random vector, rotated (theta 500000), seed 0.
+
+    The first four keys are doubled. Pure noise has no pattern that a method could find.
+    """
+    query_heads, kv_heads, dim = heads
+    generator = torch.Generator(device).manual_seed(0)
+    shared = torch.randn(dim, generator=generator, device=device)
+    angle = torch.arange(length, device=device)[:, None] / 500000 ** (torch.arange(0, dim, 2, device=device) / dim)
+    cos, sin = (torch.cat([x, x], -1) for x in (angle.cos(), angle.sin()))  # [N, D]
+
+    def rotated(count: int) -> torch.Tensor:
+        x = torch.randn(1, count, length, dim, generator=generator, device=device) + shared
+        half = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
+        return x * cos + half * sin
+
+    q, k = rotated(query_heads).to(dtype), rotated(kv_heads)
+    k[:, :, :4] *= 2
+    v = torch.randn(1, kv_heads, length, dim, generator=generator, device=device, dtype=dtype)
+    return q, k.to(dtype), v
+
+
+def terms(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> list[Any]:
+    """What the method selects, all of it; [] = dense."""
+    decision = patch.select(q, kv, ctx)
+    return [] if decision is None else [decision] if not hasattr(decision, "send") else list(decision)
+
+
+def computed(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> Any:
+    """Choosing and computing, term by term as the engine does."""
+    return [dispatch.run(q, kv, term, ctx)[0] for term in terms(patch, q, kv, ctx) or [Selection()]]
+
+
+def shares(selected: list[Any], length: int) -> float | None:
+    """Share of the causal pairs that lists name, over all terms; None without lists."""
+    total = 0.0
+    for term in selected:
+        if term.index is None or term.columns is not None or term.sink or term.window:
+            return None
+        start, stop, _ = (term.rows or slice(None)).indices(length)
+        pairs = (stop - start) * (start + 1 + stop) / 2
+        total += float(density(term, length, length).mean()) * pairs
+    return round(total / (length * (length + 1) / 2), 5)
+
+
+def row(length: int, heads: tuple[int, int, int], repeats: int, clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
+    """Times of one length, every method and dense backend in turn, and peak memory."""
+    q, k, v = structured(length, heads, clock.device, dtype)
+    pos = torch.arange(length, device=clock.device)
+    kv = KV(k, v, pos.to(torch.int32).expand(1, 1, -1), ordered=True)
+    ctx = Ctx(0, 1, "prefill", "prompt", pos.expand(1, -1), (length,), heads[2] ** -0.5)
+    names = [n for n, usable, _ in dense.backends() if usable and n in ("fa4", "cudnn", "flash")] or ["sdpa"]
+    runs: dict[str, Callable[[], Any]] = {f"dense {n}": partial(backend_output, n, q, kv, ctx) for n in names}
+    result: dict[str, Any] = {"tokens": length, "dense": names, "methods": {}}
+    for name, options in METHODS.items():
+        patch = resolve(name, **options)[0]
+        try:
+            selected = terms(patch, q, kv, ctx)
+            memory = peak_memory(partial(computed, patch, q, kv, ctx), clock)
+        except Exception as error:  # a measuring script: one failure must not lose the rest
+            result["methods"][name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            continue
+        executors = sorted({dispatch.executor(term, length) for term in selected}) or ["dense"]
+        result["methods"][name] = {
+            "options": options, "terms": len(selected), "executors": executors, "share": shares(selected, length),
+            "peak_bytes": memory,
+        }  # fmt: skip
+        runs |= {
+            f"{name} choosing": partial(terms, patch, q, kv, ctx), f"{name} total": partial(computed, patch, q, kv, ctx)
+        }  # fmt: skip
+    runs |= scoring(q, kv, ctx)
+    result["times"] = interleave(runs, repeats, clock)
+    best = min((f"dense {n}" for n in names), key=lambda n: result["times"][n]["median_ms"])
+    result["fastest_dense"] = best
+    result["over_dense"] = {n: ratio(result["times"], n, best) for n in runs if n != best}
+    return result
+
+
+def scoring(q: torch.Tensor, kv: KV, ctx: Ctx) -> dict[str, Callable[[], Any]]:
+    """H2O's whole-prompt column sums: the dense pass that gives the log-sum-exp, and the sums from it."""
+    lse = dense.run(q, kv, Selection(), ctx, True)[1]
+    name, _ = column_sums.choose(q, kv, lse)
+    if name == "torch" and q.device.type == "cuda":
+        return {}  # without the fused kernel there is nothing to report
+    return {
+        "h2o dense with lse": lambda: dense.run(q, kv, Selection(), ctx, True),
+        "h2o column sums": lambda: column_sums.run(q, kv, q_pos=ctx.q_pos, scaling=ctx.scaling, lse=lse, newest=True),
+    }
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    """Measure every length and write the JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="short prompts: every line runs, no figure means anything")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=150, help="measuring stops adding repeats after this long")
+    parser.add_argument("--lengths", type=int, nargs="*", help="prompt lengths; default 8k, 32k, 128k")
+    parser.add_argument("--commit", help="commit to record where git cannot tell")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type != "cuda" and not args.quick:
+        parser.error("these shapes need a GPU; on a CPU give --quick")
+    clock, started = Clock(device, args.seconds), time.monotonic()
+    heads = (4, 2, 32) if args.quick else (32, 8, 128)
+    dtype = torch.float32 if args.quick else torch.bfloat16
+    body: dict[str, Any] = {
+        **environment(device, args.commit),
+        "what": f"one layer's attention, B=1, Hq={heads[0]}, Hkv={heads[1]}, D={heads[2]}, structured input",
+        "quick": args.quick,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rows": [],
+    }
+    for length in args.lengths or (QUICK if args.quick else FULL):
+        body["rows"].append(row(length, heads, 2 if args.quick else 9, clock, dtype))
+        body["seconds"] = round(time.monotonic() - started, 2)
+        args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        print(length, json.dumps(body["rows"][-1]["over_dense"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from attnpatch.patch import Patch, list_patches, option, register
 SMALL = {
     "hip": {"mask_k": 32, "sliding_window": 16, "sink": 4, "dense_layers": 1, "block_size_q": 32},
     "flexprefill": {"gamma": 0.6, "min_budget": 32, "block_size": 16},
-    "xattention": {"threshold": 0.5, "stride": 4, "block_size": 16},
+    "xattention": {"threshold": 0.5, "stride": 4, "block_size": 32},
     "minference": {"vertical": 30, "slash": 100},
 }
 PATCHES = [name for name in SMALL if name in list_patches()]

@@ -392,7 +392,8 @@ def row_lengths(count: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...
     if k.device.type != "cuda":
         return ((torch.arange(slots, device=k.device) < count[..., None, None]),)  # [B, 1|Hkv, 1, S]
     starts = torch.arange(batch * kv_heads + 1, device=k.device, dtype=torch.int32)
-    return starts, starts * slots, count.expand(batch, kv_heads).reshape(-1)
+    # contiguous: what is expanded can stay a view with stride 0, which the kernel refuses
+    return starts, starts * slots, count.expand(batch, kv_heads).flatten().contiguous()
 
 
 def run(

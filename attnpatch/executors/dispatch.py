@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.errors import InputError
 from attnpatch.executors import dense
 
 COARSE = 16  # query rows and keys of a list from which the block-sparse kernels take it
@@ -25,5 +26,7 @@ def run(
     """Attention of the rows that `selection` covers: out [B, rows, Hq, D], lse [B, Hq, rows] or None."""
     if selection.index is None and selection.columns is None:
         return dense.run(q, kv, selection, ctx, want_lse)
+    if selection.skip:
+        raise InputError("Selection.skip goes with sink and window; lists leave keys out by not naming them.")
     module = import_module(f"attnpatch.executors.{executor(selection, q.shape[2])}")
     return module.run(q, kv, selection, ctx, want_lse)

@@ -40,6 +40,17 @@ def unpack(index: torch.Tensor, count: torch.Tensor | None, pages: int) -> torch
     return chosen.scatter_(-1, torch.where(meant, index, pages).long(), True)[..., :pages]
 
 
+def one_list(selection: Any, which: int, end: int) -> Any:
+    """The Selection of the rows of one list, over the first `end` keys only."""
+    index, count, columns = selection.index, selection.count, selection.columns
+    if index is not None:
+        index = index[:, :, which : which + 1].clamp(max=end // selection.page + 1)  # just behind the keys
+        count = None if count is None else count[:, :, which : which + 1]
+    return replace(
+        selection, index=index, count=count, bq=0, columns=None if columns is None else columns.clamp(max=end + 1)
+    )
+
+
 def _descending(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values fp32 [..., n] from the best, and their indices; of equal ones the later index first."""
     values, order = scores.float().flip(-1).sort(dim=-1, descending=True, stable=True)
@@ -115,10 +126,6 @@ def _counted(selection: Any, first: int, rows: int) -> torch.Tensor:
         step = rows_per_block(batch, heads, end, bq)
         for at in range(start, min(start + bq, rows), step):
             q_pos = held.pos[:, 0, first + at : first + min(at + step, start + bq, rows)]
-            part = selection
-            if selection.index is not None:
-                which = slice(start // bq, start // bq + 1)
-                count = None if selection.count is None else selection.count[:, :, which]
-                part = replace(selection, index=selection.index[:, :, which], count=count, bq=0)
+            part = one_list(selection, start // bq, end)
             total += (naive.selected(part, held, q_pos, heads) & naive.visible(held, q_pos)).sum(dim=(-1, -2))
     return total.float()

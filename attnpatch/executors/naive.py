@@ -150,3 +150,29 @@ def antidiagonal(
     probs = torch.softmax(torch.where(seen, x, float("-inf")), dim=-1)  # NaN where a batch row holds nothing
     probs = torch.where(seen & (i[:, None] < real) & (i[:, None] >= start // stride), probs, 0.0)
     return probs.unflatten(3, (-1, tile)).unflatten(2, (-1, tile)).sum((3, 5))[:, :, first:]
+
+
+def pack(chosen: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [B, H, R, n] -> index int32 [B, H, R, width] (the last `width` chosen, ascending, then 0), count int32."""
+    rows = [row.nonzero().flatten()[-width:] if width else row[:0] for row in chosen.flatten(0, 2)]
+    index = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows]).int()
+    count = torch.tensor([len(row) for row in rows], dtype=torch.int32)
+    return index.unflatten(0, chosen.shape[:3]), count.unflatten(0, chosen.shape[:3])
+
+
+def top(scores: torch.Tensor, k: int | None = None, mass: float = 0.0) -> torch.Tensor:
+    """bool [n]: the k best of scores [n], or the fewest best that hold `mass` of the sum; ties to the later index."""
+    chosen = torch.zeros(len(scores), dtype=torch.bool)
+    held = torch.zeros((), dtype=torch.float32)
+    for i in sorted(range(len(scores)), key=lambda i: (float(scores[i]), i), reverse=True):
+        if (held >= mass * scores.float().sum()) if k is None else (chosen.sum() == k or scores[i] == float("-inf")):
+            break
+        chosen[i], held = True, held + scores[i].float()
+    return chosen
+
+
+def density(selection: Any, kv: Any, q_pos: torch.Tensor, heads: int) -> torch.Tensor:
+    """fp32 [B, heads]: share of the causal pairs of the covered rows that are selected. q_pos int [B, T]."""
+    q_pos = q_pos[:, selection.rows or slice(None)]
+    seen = visible(kv, q_pos).expand(-1, heads, -1, -1)
+    return (seen & selected(selection, kv, q_pos, heads)).sum((-1, -2)) / seen.sum((-1, -2))

@@ -6,25 +6,20 @@ Set ATTNPATCH_BACKEND to one of fa4, flex, torch to force a backend; a call it c
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from attnpatch.errors import InputError, VersionError
-from attnpatch.executors import naive
+from attnpatch.executors import pages_torch as torch_form
 from attnpatch.executors.backends import capability, fa4, first_fit, no_cuda_half
-from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype, matmul, operand, rows_per_block
-from attnpatch.executors.dense import _eager, _pack, _without_garbage
-from attnpatch.executors.lists import unpack
+from attnpatch.executors.pages_torch import Result, Stripe, stripe_of
 
-ROWS = 128
-"""Most query rows that the torch backend computes at once; also the block of a call without lists."""
-
-Result = tuple[torch.Tensor, torch.Tensor | None]
+RECOMPILE_LIMIT = 256
+"""Forms of FlexAttention in one process; about six for each dtype, head dimension, group and block size."""
 
 
 class _Call(NamedTuple):
@@ -44,30 +39,10 @@ class _Call(NamedTuple):
     want_lse: bool
 
 
-class _Stripe(NamedTuple):
-    """The query rows of a call that the selection covers."""
-
-    start: int  # first row
-    rows: int
-    first: int  # slot of the first row
-
-    @property
-    def end(self) -> int:
-        """Keys that the last row can see."""
-        return self.first + self.rows
-
-
-def _stripe(q: torch.Tensor, kv: Any, selection: Any) -> _Stripe:
-    start, stop, step = (selection.rows or slice(None)).indices(q.shape[2])
-    if stop <= start or step != 1:
-        raise InputError(f"Selection.rows={selection.rows} of {q.shape[2]} query rows; give some, with step 1.")
-    return _Stripe(start, stop - start, kv.k.shape[2] - q.shape[2] + start)
-
-
 def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> _Call:
     index = selection.index
     if index is not None:
-        rows = _stripe(q, kv, selection).rows
+        rows = stripe_of(q, kv, selection).rows
         lists = -(-rows // selection.bq) if selection.bq else 1
         heads = (1, kv.k.shape[1], q.shape[1])
         if index.ndim != 4 or index.shape[0] not in (1, q.shape[0]) or index.shape[1] not in heads:
@@ -136,7 +111,10 @@ def _not_flex(c: _Call) -> str | None:
 
 
 def _not_flex_unasked(c: _Call) -> str | None:
-    return "compiled for CUDA; on a CPU only when forced" if c.device != "cuda" else _not_flex(c)
+    if c.device != "cuda":
+        return "compiled for CUDA; on a CPU only when forced"
+    # one run on an H200 with torch 2.11 ended in a device-side assertion
+    return _not_flex(c) or "not proved on CUDA yet; ATTNPATCH_BACKEND=flex forces it"
 
 
 def _not_torch(c: _Call) -> str | None:
@@ -155,7 +133,7 @@ class _Blocks(NamedTuple):
     full_index: torch.Tensor
 
 
-def _split(selection: Any, heads: int, stripe: _Stripe) -> _Blocks:
+def _split(selection: Any, heads: int, stripe: Stripe) -> _Blocks:
     """Pages ascend, so those that reach behind a block's first row are its last: a tail of the same list."""
     page, bq = selection.page, min(selection.bq or stripe.rows, stripe.rows)
     index = selection.index[..., : -(-stripe.end // page)]  # a kernel takes no list longer than the keys
@@ -176,7 +154,7 @@ def _split(selection: Any, heads: int, stripe: _Stripe) -> _Blocks:
     return _Blocks(partial, tail_index, full, index)
 
 
-def _block_rows(selection: Any, stripe: _Stripe) -> int:
+def _block_rows(selection: Any, stripe: Stripe) -> int:
     """Query rows of a kernel block; one list covers its rows in a block of any size, so take a fitting one."""
     return selection.bq if selection.bq and stripe.rows > selection.bq else -(-stripe.rows // 256) * 256
 
@@ -194,7 +172,7 @@ def _run_fa4(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool)
     func = fa4()
     if func is None:
         raise VersionError("flash_attn.cute is not installed; pip install 'attnpatch[flash]'.")
-    stripe = _stripe(q, kv, selection)
+    stripe = stripe_of(q, kv, selection)
     blocks = _split(selection, q.shape[1], stripe)
     result = func(
         q[:, :, stripe.start : stripe.start + stripe.rows].transpose(1, 2),
@@ -248,8 +226,14 @@ def _tile(block: int) -> int:
 def _run_flex(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
-    stripe = _stripe(q, kv, selection)
+    stripe = stripe_of(q, kv, selection)
     blocks, size = _split(selection, q.shape[1], stripe), (_block_rows(selection, stripe), selection.page)
+    if q.device.type == "cpu":  # whose kernel insists on lists as wide as the keys
+        wide = -(-stripe.end // selection.page)
+        blocks = blocks._replace(
+            mask_index=F.pad(blocks.mask_index, (0, wide - blocks.mask_index.shape[-1])),
+            full_index=F.pad(blocks.full_index, (0, wide - blocks.full_index.shape[-1])),
+        )
     mask = BlockMask.from_kv_blocks(
         blocks.mask_count,
         blocks.mask_index,
@@ -263,158 +247,14 @@ def _run_flex(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool
     options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}  # few rows would go to the kernel for decoding
     if size[0] % 128 or size[1] % 128:
         options |= {"BLOCK_M": _tile(size[0]), "BLOCK_N": _tile(size[1])}
-    query = q[:, :, stripe.start : stripe.start + stripe.rows]
-    keys, values = kv.k[:, :, : stripe.end], kv.v[:, :, : stripe.end]
-    result = _compiled()(query, keys, values, mask, ctx.scaling, options, AuxRequest(lse=True) if want_lse else None)
+    # copies of what is sliced: other strides would be compiled anew
+    query = q[:, :, stripe.start : stripe.start + stripe.rows].contiguous()
+    keys, values = kv.k[:, :, : stripe.end].contiguous(), kv.v[:, :, : stripe.end].contiguous()
+    aux = AuxRequest(lse=True) if want_lse else None
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        result = _compiled()(query, keys, values, mask, ctx.scaling, options, aux)
     out, lse = (result[0], result[1].lse) if want_lse else (result, None)
     return out.transpose(1, 2), lse
-
-
-def _steps(selection: Any, rows: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """(list, first row, end row) of blocks of at most `most` rows that share a list."""
-    bq = selection.bq if selection.bq and selection.index is not None else rows
-    for start in range(0, rows, bq):
-        stop = min(start + bq, rows)
-        for at in range(start, stop, most):
-            yield start // bq, at, min(at + most, stop)
-
-
-def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
-    plain = not kv.holes and ctx.softcap is None and ctx.window is None and ctx.mask is None
-    return (_gathered if plain and q.device.type == "cpu" else _masked)(q, kv, selection, ctx, want_lse)
-
-
-def _masked(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
-    """Any selection on any device, block by block of query rows with a mask over all keys: costs as much as dense."""
-    (batch, heads, length, _), (kv_heads, slots) = q.shape, kv.k.shape[1:3]
-    stripe = _stripe(q, kv, selection)
-    pos, q_pos = kv.pos, ctx.q_pos
-    if not kv.holes:  # slots say it all, and positions need not exist
-        pos = torch.arange(slots, device=q.device).expand(batch, 1, -1)
-        q_pos = pos[:, 0, slots - length :]
-    keys, values = operand(kv.k).transpose(-1, -2), operand(_without_garbage(kv.v, kv))
-    outs: list[torch.Tensor] = []
-    logsums: list[Any] = []
-    for which, start, stop in _steps(selection, stripe.rows, rows_per_block(batch, heads, slots, ROWS)):
-        rows = slice(stripe.start + start, stripe.start + stop)
-        end = slots if kv.holes or ctx.mask is not None else stripe.first + stop
-        part, held = selection, SimpleNamespace(k=kv.k[:, :, :end], pos=pos[..., :end])
-        if selection.index is not None:
-            count = selection.count if selection.count is None else selection.count[:, :, which : which + 1]
-            part = replace(selection, index=selection.index[:, :, which : which + 1], count=count, bq=0)
-        mask = None if ctx.mask is None else ctx.mask[:, :, rows, :end]
-        seen = naive.visible(held, q_pos[:, rows], ctx.window, mask)
-        seen = naive._per_query_head(seen, heads) & naive.selected(part, held, q_pos[:, rows], heads)  # [B, Hq, r, end]
-        logits = matmul(operand(_pack(q[:, :, rows], kv_heads)), keys[..., :end]) * ctx.scaling
-        if ctx.softcap is not None:
-            logits = torch.tanh(logits / ctx.softcap) * ctx.softcap
-        probs, lse = _eager(logits.view(batch, heads, 1, stop - start, end), seen, True)
-        probs = probs.view(batch, kv_heads, -1, end)  # [B, Hkv, G*r, end]
-        outs.append(matmul(probs.to(values.dtype), values[:, :, :end]).view(batch, heads, stop - start, -1))
-        logsums.append(lse)  # [B, Hq, 1, r]
-    out = torch.cat(outs, dim=2).to(q.dtype).transpose(1, 2)
-    return out, torch.cat(logsums, dim=-1).squeeze(2) if want_lse else None
-
-
-class _Lists:
-    """The slots that each (row, list head) of a CPU call attends, list by list."""
-
-    def __init__(self, selection: Any, stripe: _Stripe) -> None:
-        given = [x for x in (selection.index, selection.columns) if x is not None]
-        self.heads = max((x.shape[1] for x in given), default=1)
-        self.page, self.sink, self.window = selection.page, selection.sink, selection.window
-        self.columns, self.pages = selection.columns, None
-        if selection.index is not None:
-            self.pages = unpack(selection.index, selection.count, -(-stripe.end // selection.page))
-        self.within = torch.arange(self.page)
-
-    def _of(self, x: torch.Tensor, b: int, head: int) -> torch.Tensor:
-        return x[b if x.shape[0] > 1 else 0, head * x.shape[1] // self.heads]
-
-    def slots(self, b: int, head: int, which: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Ascending slots below `end` that some row of first .. end - 1 attends, window aside all of the rows.
-
-        Second: bool [end], the slots that need no window; None where there is none.
-        """
-        listed = torch.empty(0, dtype=torch.long)
-        if self.pages is not None:
-            pages = self._of(self.pages, b, head)[which].nonzero()  # [n, 1]
-            listed = (pages * self.page + self.within).flatten()
-            listed = listed[: torch.searchsorted(listed, end)]
-        if self.columns is None and not self.sink and not self.window:
-            return listed, None
-        always = torch.zeros(end, dtype=torch.bool)
-        always[listed] = True
-        if self.columns is not None:
-            columns = self._of(self.columns, b, head).long()
-            always[columns[(columns >= 0) & (columns < end)]] = True
-        always[: self.sink] = True
-        near = always.clone()
-        if self.window:
-            near[max(0, first - self.window + 1) :] = True
-        return near.nonzero().flatten(), always
-
-
-def _bias(
-    zeros: torch.Tensor, slots: torch.Tensor, first: int, always: torch.Tensor | None, window: int
-) -> torch.Tensor:
-    """Additive mask [G*r, n]: -inf where a slot is behind the row, or before its window and there for the window only.
-
-    zeros: [G, r, N >= n] scratch, of which the last n columns are used: so nothing but the diagonal is written.
-    """
-    rows = zeros.shape[1]
-    bias, row = zeros[..., zeros.shape[2] - slots.shape[0] :], torch.arange(first, first + rows)[:, None]
-    tail = slots[-rows:]  # only the block's own rows can lie behind a row
-    bias[..., bias.shape[2] - tail.shape[0] :] = torch.where(tail > row, float("-inf"), 0.0)
-    if window and always is not None:
-        low, high = torch.searchsorted(slots, torch.tensor([first - window + 1, first + rows - window])).tolist()
-        edge = slots[low:high]
-        bias[..., low:high].masked_fill_((row - edge >= window) & ~always[edge], float("-inf"))
-    return bias.flatten(0, 1)
-
-
-def _gathered(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
-    """CPU: the keys of each list are gathered and attended by all query rows and heads that share it.
-
-    A loop over lists, heads too: lists differ in length, and padding them would cost more than the calls.
-    """
-    (batch, heads, _, dim), kv_heads = q.shape, kv.k.shape[1]
-    stripe = _stripe(q, kv, selection)
-    lists = _Lists(selection, stripe)
-    # kv heads that share a list, and query heads that share it on each of them
-    spread, group = max(1, kv_heads // lists.heads), heads // max(kv_heads, lists.heads)
-    most = max(1, min(ROWS, selection.bq or ROWS, MAX_BLOCK // (4 * group * stripe.end)))
-    out = q.new_zeros(batch, stripe.rows, heads, dim)
-    lse = q.new_full((batch, heads, stripe.rows), float("-inf"), dtype=compute_dtype(q))
-    fresh = torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad)
-    scratch = q.new_zeros(group, most, stripe.end)
-    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA, which hides the log-sum-exp
-    for which, start, stop in _steps(selection, stripe.rows, most):
-        first, end = stripe.first + start, stripe.first + stop
-        for b, head in ((b, h) for b in range(batch) for h in range(lists.heads)):
-            listed, always = lists.slots(b, head, which, first, end)
-            if not len(listed):
-                continue
-            zeros = torch.zeros_like(scratch) if fresh else scratch
-            bias = _bias(zeros[:, : stop - start], listed, first, always, selection.window)
-            at, kv_at = head * spread * group, head * kv_heads // lists.heads
-            mine, kv_mine = slice(at, at + spread * group), slice(kv_at, kv_at + spread)
-            part, logsum = op(
-                q[b, mine, stripe.start + start : stripe.start + stop].reshape(1, spread, -1, dim),
-                kv.k[b, kv_mine].index_select(1, listed)[None],
-                kv.v[b, kv_mine].index_select(1, listed)[None],
-                0.0,
-                False,
-                attn_mask=bias,
-                scale=ctx.scaling,
-            )
-            blind = 0 if selection.window else max(0, int(listed[0]) - first)  # rows before the first slot listed
-            part, logsum = part.view(spread * group, -1, dim), logsum.view(spread * group, -1)
-            out[b, start + blind : stop, mine] = part[:, blind:].transpose(0, 1)
-            lse[b, mine, start + blind : stop] = logsum[:, blind:]
-            if selection.window and not fresh:
-                scratch[..., stripe.end - len(listed) :] = 0
-    return out, lse if want_lse else None
 
 
 # ---- the choice ----
@@ -427,7 +267,7 @@ _WHY_NOT: dict[str, Callable[[_Call], str | None]] = {  # fastest first
 _RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {
     "fa4": _run_fa4,
     "flex": _run_flex,
-    "torch": _run_torch,
+    "torch": torch_form.run,
 }
 _chosen: dict[tuple[_Call, str | None], tuple[str, str]] = {}
 

@@ -50,6 +50,7 @@ class PatchLayer(DynamicLayer):
         self.compressed_turn = -1
         self.tokens_since = 0  # tokens seen since the last eviction
         self.state: dict[str, Tensor] = {}  # [B] follows rows, [B, H', S] follows rows and slots; 0 in free slots
+        self.rows: dict[str, Tensor] = {}  # [B, ...] follows rows only; gone after a crop
         self.plain: dict[str, Any] = {}
         self.note = ""  # why the last call ran dense under a selecting method
         self.pages: Any = None  # pages attended so far, fp32 [B, H]; of `grid` causal ones
@@ -112,6 +113,7 @@ class PatchLayer(DynamicLayer):
             self._set_pos(pos, pos.amax(-1)[:, :1] + 1)
         self.seen -= tokens
         self.tokens_since = max(0, self.tokens_since - tokens)
+        self.rows.clear()
         self._spare = self.tail = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -136,6 +138,7 @@ class PatchLayer(DynamicLayer):
             value = getattr(self, name)
             setattr(self, name, pick(value) if isinstance(value, torch.Tensor) else value)
         self.state = {n: pick(t) for n, t in self.state.items()}
+        self.rows = {n: pick(t) for n, t in self.rows.items()}
         self.tail = None if self.tail is None else (pick(self.tail[0]), pick(self.tail[1]))
         self._spare = None
 
@@ -187,7 +190,7 @@ class PatchLayer(DynamicLayer):
         self._late += new
         # the pads of a first chunk lie behind causality: plain causal is right for it
         holes = self.count is not None and not first
-        view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.plain, clean=True)
+        view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.rows, self.plain, clean=True)
         view.ordered = self.aligned and not holes
         return view
 

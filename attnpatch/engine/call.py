@@ -78,6 +78,7 @@ class KV:
     holes: bool = False
     complete: bool = True
     state: dict[str, Tensor] = field(default_factory=dict)  # [B] rows, or [B, H', S] tokens: follows every change
+    rows: dict[str, Tensor] = field(default_factory=dict)  # [B, ...]: follows rows only (page summaries, kept lists)
     plain: dict[str, Any] = field(default_factory=dict)  # host values, cleared by reset
     clean: bool = False  # empty slots hold no NaN
     ordered: bool = False  # slots ascend without gaps, so a window is a range of slots

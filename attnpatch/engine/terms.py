@@ -24,7 +24,7 @@ DENSE = Selection()
 
 def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, kv: KV, ctx: Ctx, lse: bool) -> Result:
     """Attention of q [B, Hq, T, D] over what `patch` selects; (out [B, T, Hq, D], lse [B, Hq, T] if asked for)."""
-    layer.note = _not_now(patch, kv, ctx)
+    layer.note = _not_now(patch, layer, kv, ctx)
     decision = None if layer.note else patch.select(q, kv, ctx)
     if decision is None:
         layer.note = layer.note or "dense: the method's own choice"
@@ -37,11 +37,11 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
     return total.result()
 
 
-def _not_now(patch: Patch, kv: KV, ctx: Ctx) -> str:
+def _not_now(patch: Patch, layer: PatchLayer, kv: KV, ctx: Ctx) -> str:
     """Why this call runs dense without asking the method; "" = it is asked."""
-    if patch.needs_complete_kv and not kv.complete:
+    if patch.needs_complete_kv and not (kv.complete and layer.aligned):
         return "dense: earlier entries were evicted"
-    if patch.needs_complete_kv and kv.holes:
+    if patch.needs_complete_kv and kv.holes and ctx.event != "step":
         return "dense: a later turn of a padded batch"
     return "dense: a 4-D attention mask" if ctx.mask is not None else ""
 

@@ -442,3 +442,12 @@ def test_a_row_may_pause_while_others_go_on(model):
                 torch.testing.assert_close(got[1:], expected[-1], atol=5e-5, rtol=0)
         layer, single = cache.layers[0], alone.layers[0]
         assert layer.pos[1].sort(-1).values[..., -16:].tolist() == single.pos[0].sort(-1).values.tolist()
+
+
+def test_status_forgets_an_older_cache(model):
+    """The figures of an earlier generate are not shown for a later bare forward, whose cache is gone."""
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        greedy(model, prompt())
+        assert attnpatch.status(model).layers[0].seen == 40 + NEW - 1
+        model(prompt(1, 60))
+        assert attnpatch.status(model).layers[0].seen == 0

@@ -125,7 +125,7 @@ class Handle:
             cache = PatchCache(self.plan)
         self.check_cache(cache)
         if cache is not None:
-            self.last_cache, kwargs[self.cache_name] = ref(cache), cache
+            self.last_cache, self.summary, kwargs[self.cache_name] = ref(cache), None, cache
         kwargs["attnpatch"] = Call(self.plan, cache, inputs.shape[1])
         return (), kwargs
 

@@ -451,3 +451,14 @@ def test_status_forgets_an_older_cache(model):
         assert attnpatch.status(model).layers[0].seen == 40 + NEW - 1
         model(prompt(1, 60))
         assert attnpatch.status(model).layers[0].seen == 0
+
+
+def test_density_follows_the_rows(model):
+    with attnpatch.patched(model, "minference", vertical=30, slash=100), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        model(prompt(4, 300), **{CACHE: cache})
+        before = cache.layers[0].pages
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        assert torch.equal(cache.layers[0].pages, before[[2, 0]])
+        model(prompt(2, 300), **{CACHE: cache})
+        assert cache.layers[0].pages.shape[0] == 2

@@ -134,7 +134,7 @@ class PatchLayer(DynamicLayer):
             return
         self.keys, self.values = pick(self.keys), pick(self.values)
         self._pos = None if self._pos is None else pick(self._pos)
-        for name in ("count", "_base", "_next", "mask"):
+        for name in ("count", "_base", "_next", "mask", "pages"):
             value = getattr(self, name)
             setattr(self, name, pick(value) if isinstance(value, torch.Tensor) else value)
         self.state = {n: pick(t) for n, t in self.state.items()}
@@ -290,7 +290,7 @@ class PatchLayer(DynamicLayer):
         ends = range(slots - rows + min(start + term.bq, stop), slots - rows + stop + term.bq, term.bq)
         self.grid += sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
         width = term.index.new_full(term.index.shape[:-1], term.index.shape[-1]) if term.count is None else term.count
-        pages = width.float().sum(-1)
+        pages = width.float().sum(-1).expand(self.keys.shape[0], -1)
         self.pages = pages if self.pages is None else self.pages + pages
 
     def bytes_held(self) -> int:

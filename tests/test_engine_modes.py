@@ -462,3 +462,16 @@ def test_density_follows_the_rows(model):
         assert torch.equal(cache.layers[0].pages, before[[2, 0]])
         model(prompt(2, 300), **{CACHE: cache})
         assert cache.layers[0].pages.shape[0] == 2
+
+
+@pytest.mark.parametrize("patch", ["h2o", "streamingllm"])
+def test_a_cache_leaves_inference_mode(model, patch):
+    """Slots freed under inference_mode may not be written outside it; decoding goes on in new ones."""
+    steps = prompt(1, 5, seed=8).split(1, 1)
+    with attnpatch.patched(model, patch, budget=12):
+        cache, other = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
+        for i, ids in enumerate([prompt(), *steps]):
+            with torch.inference_mode() if i < 3 else torch.no_grad():
+                got = model(ids, **{CACHE: cache}).logits
+            with torch.no_grad():
+                torch.testing.assert_close(got, model(ids, **{CACHE: other}).logits, atol=1e-5, rtol=0)

@@ -196,8 +196,9 @@ class PatchLayer(DynamicLayer):
 
     def _join(self, k: Tensor, v: Tensor) -> None:
         held, new = self.keys.shape[2], k.shape[2]
-        if self._spare is not None and new == 1:
-            buffer_k, buffer_v = self._spare  # [B, Hkv, held + 1, D]
+        spare = self._spare if new == 1 else None
+        if spare is not None and (torch.is_inference_mode_enabled() or not spare[0].is_inference()):
+            buffer_k, buffer_v = spare  # [B, Hkv, held + 1, D]
             buffer_k[:, :, held:] = k
             buffer_v[:, :, held:] = v
             self.keys, self.values = buffer_k, buffer_v

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import CACHE, CONFIGS, FULL, output_cache, tiny
+from oracle import CACHE, COMMON, CONFIGS, FULL, output_cache, tiny
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig
 
 import attnpatch
@@ -475,3 +475,15 @@ def test_a_cache_leaves_inference_mode(model, patch):
                 got = model(ids, **{CACHE: cache}).logits
             with torch.no_grad():
                 torch.testing.assert_close(got, model(ids, **{CACHE: other}).logits, atol=1e-5, rtol=0)
+
+
+def test_a_cache_does_not_keep_a_fused_projection_alive():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    model = Phi3ForCausalLM(Phi3Config(**{**COMMON, "head_dim": None})).eval()
+    with attnpatch.patched(model, "snapkv", budget=400), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        model(prompt(), **{CACHE: cache})
+    for layer in cache.layers:
+        for x in (layer.keys, layer.values):
+            assert x.untyped_storage().nbytes() == x.numel() * x.element_size()

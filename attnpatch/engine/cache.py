@@ -203,7 +203,7 @@ class PatchLayer(DynamicLayer):
             buffer_v[:, :, held:] = v
             self.keys, self.values = buffer_k, buffer_v
         elif held == 0:
-            self.keys, self.values = k, v
+            self.keys, self.values = _own(k), _own(v)
         else:
             self.keys, self.values = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
         self._spare = None
@@ -330,6 +330,12 @@ def summarise(layer: Any) -> LayerSummary:
     positions = layer.pos.expand(-1, keys.shape[1], -1)
     density = None if layer.pages is None else layer.pages / layer.grid
     return LayerSummary(seen, layer.held, layer.bytes_held(), seen * slot, positions, layer.note, density)
+
+
+def _own(x: Tensor) -> Tensor:
+    """x, copied where it is a part of something larger (a fused projection), which it would keep alive."""
+    whole = torch.compiler.is_compiling() or x.untyped_storage().nbytes() > x.numel() * x.element_size()
+    return x.clone(memory_format=torch.contiguous_format) if whole else x
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

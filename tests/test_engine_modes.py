@@ -487,3 +487,12 @@ def test_a_cache_does_not_keep_a_fused_projection_alive():
     for layer in cache.layers:
         for x in (layer.keys, layer.values):
             assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+def test_sparse_prefill_without_use_cache(model):
+    """use_cache=False, as perplexity scripts pass it, must not turn a sparse prefill dense without a word."""
+    ids = prompt(1, 300)
+    with attnpatch.patched(model, "minference", vertical=30, slash=100), torch.no_grad():
+        out = model(ids, use_cache=False)
+        assert torch.equal(out.logits, model(ids).logits)
+        assert output_cache(out) is None

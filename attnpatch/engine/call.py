@@ -123,7 +123,7 @@ class Ctx:
         Equal in any batch, padding or chunking: a counter-based hash (splitmix64's finaliser on 63 bits).
         """
         head = torch.arange(pos.shape[1], device=pos.device)[None, :, None]
-        fixed = (self.layer * 8_191_000_017 + seed * 1_000_000_000_039) % (1 << 62)  # any seed fits 64 bits
+        fixed = (self.layer * 8_191_000_017 + seed * 1_000_000_000_039) % (2**61 - 1)  # any seed fits
         x = pos.long() + head * 1_000_003 + fixed
         for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
             x = (x ^ ((x >> shift) & 0x3FFFFFFFF)) * factor

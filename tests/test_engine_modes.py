@@ -493,7 +493,9 @@ def test_sparse_prefill_without_use_cache(model):
     """use_cache=False, as perplexity scripts pass it, must not turn a sparse prefill dense without a word."""
     ids = prompt(1, 300)
     with attnpatch.patched(model, "minference", vertical=30, slash=100), torch.no_grad():
-        assert torch.equal(model(ids, use_cache=False).logits, model(ids).logits)
+        out = model(ids, use_cache=False)
+        assert torch.equal(out.logits, model(ids).logits)
+        assert CACHE not in out
 
 
 def padded_turns(model, cache, alone, turns):
@@ -590,3 +592,18 @@ def test_a_prompt_after_a_crop_is_a_prompt_of_its_own(model):
         cache.crop(-16)
         model(prompt(1, 5), **{CACHE: cache})
         assert cache.turn == 2 and not cache._in_prompt
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral_sw"])
+def test_4d_masks_of_full_and_sliding_layers(name):
+    """Packed prompts and ready masks: each kind of layer has its own, and a user's holds for all."""
+    model, ids = tiny(name), prompt(1, 60)
+    pos = torch.cat([torch.arange(30), torch.arange(30)])[None]
+    hidden = torch.ones(60, 60).triu(1).bool()
+    hidden[30:, :5] = True
+    ready = torch.zeros(1, 1, 60, 60).masked_fill(hidden, torch.finfo(torch.float32).min)
+    for kwargs in ({"position_ids": pos, "use_cache": False}, {"attention_mask": ready}):
+        with torch.no_grad():
+            expected = model(ids, **kwargs).logits
+            with attnpatch.patched(model, "minference"):
+                torch.testing.assert_close(model(ids, **kwargs).logits, expected, atol=5e-5, rtol=0)

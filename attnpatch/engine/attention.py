@@ -52,8 +52,11 @@ def attention(
     if not call.ready:  # one look per forward: every layer gets the same
         _check_keywords(kwargs)
         call.read_mask(attention_mask)
+    if attention_mask is not None and attention_mask.ndim == 4:
+        call.take_4d(attention_mask)
     layer = call.cache.layers[module.layer_idx] if call.cache is not None else None
     if isinstance(layer, PatchLayer):
+        layer.update(key, value)  # a forward without use_cache has not called it
         return _patched(call, layer, module.layer_idx, query, key, value, scaling, softcap), None
     return _stock(call, query, key, value, scaling, softcap, sliding_window), None
 
@@ -78,8 +81,8 @@ def _stock(
     """Layers that stay as transformers keeps them (sliding window, no cache): dense, pads where they are fed."""
     batch, slots = q.shape[0], k.shape[2]
     offset = call.after - slots  # position of the first returned key, in fed order
-    if window is not None and slots <= window and call.length == 1:
-        window = None  # the layer holds no more than its window: one query sees all of it
+    if window is not None and (call.custom is not None or (slots <= window and call.length == 1)):
+        window = None  # a 4-D mask says it already; one query sees all of a layer that holds no more than its window
     kv = KV(k, v, None)
     q_pos = None
     if call.padding is not None or window is not None:

@@ -422,6 +422,7 @@ class PatchCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens (a negative count) in every layer, or raise and leave every layer as it was."""
+        layer: Any
         for layer in self.layers:
             if isinstance(layer, PatchLayer):
                 layer.check_crop(tokens_to_remove)

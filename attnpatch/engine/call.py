@@ -141,8 +141,9 @@ class Call:
         self.before = cache.get_seq_length() if cache is not None else 0
         self.after = self.before + length
         self.padding: Tensor | None = None  # bool [B, after]
-        self.custom: Tensor | None = None  # bool [B, 1, T, S]
+        self.custom: Tensor | None = None  # bool [B, 1, T, S] of the layer at work
         self.ready = False
+        self._given: Tensor | None = None
         self._order: Tensor | None = None
         self._q_pos: Tensor | None = None
         self._lengths: dict[Any, Any] = {}
@@ -158,17 +159,14 @@ class Call:
         return "decode" if self.event == "step" else "prefill"
 
     def read_mask(self, mask: Tensor | None) -> None:
-        """Take the padding (2-D) or a ready 4-D mask from the mask function; the first layer's does for all.
+        """Take the padding, a 2-D mask, from the mask function; the first layer's does for all.
 
         What was padding stays padding, whatever the mask says of it later. A new turn may take back the newest tokens
         of a row, as a batch does whose finished rows were fed pads: those entries are forgotten.
         """
         self.ready = True
         past = self.cache.mask if self.cache is not None else None  # bool [B, before]
-        if mask is not None and mask.ndim == 4:
-            self.custom = mask if mask.dtype == torch.bool else mask >= 0
-            return
-        if mask is None and past is None:
+        if (mask is None and past is None) or (mask is not None and mask.ndim == 4):
             return
         if mask is not None and mask.shape[1] < self.after:
             raise InputError(
@@ -190,6 +188,11 @@ class Call:
         self.padding = torch.cat([past, new], dim=1)
         if self.cache is not None:
             self.cache.padded = True
+
+    def take_4d(self, mask: Tensor) -> None:
+        """A ready 4-D mask, bool or additive; full and sliding layers are given different ones."""
+        if self._given is not mask:
+            self._given, self.custom = mask, mask if mask.dtype == torch.bool else mask >= 0
 
     def _take_back(self, given: Tensor, past: Tensor | None) -> Tensor | None:
         """The mask of earlier tokens, bool [B, before], after rows took back their newest ones as `given` says."""

@@ -120,13 +120,14 @@ class Handle:
             raise InputError("the prompt is empty; pass at least one token.")
         check_mask(kwargs.get("attention_mask"))
         cache = compat.take_cache(kwargs)
+        self.check_cache(cache)
         use_cache = kwargs.get("use_cache")
         use_cache = getattr(module.config, "use_cache", True) if use_cache is None else use_cache
-        if cache is None and (use_cache or self.plan.selectors):  # selecting hooks live on cache layers
-            cache = PatchCache(self.plan)
-        self.check_cache(cache)
-        if cache is not None:
+        if cache is not None or use_cache:
+            cache = PatchCache(self.plan) if cache is None else cache
             self.last_cache, self.summary, kwargs[self.cache_name] = ref(cache), None, cache
+        elif self.plan.selectors:  # they live on cache layers; the model itself sees none
+            cache = PatchCache(self.plan)
         kwargs["attnpatch"] = Call(self.plan, cache, inputs.shape[1])
         return (), kwargs
 

@@ -111,7 +111,7 @@ def _backend(model: Any) -> tuple[str, str]:
     from attnpatch.executors import dense
 
     weight = next(model.parameters())
-    attention = model.get_decoder().layers[0].self_attn
+    attention = next(layer.self_attn for layer in model.get_decoder().layers if hasattr(layer, "self_attn"))
     dim = getattr(attention, "head_dim", 64)
     q = torch.empty(1, attention.num_key_value_groups, 2, dim, dtype=weight.dtype, device=weight.device)
     kv = KV(q[:, :1], q[:, :1], None)

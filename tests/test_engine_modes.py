@@ -607,3 +607,65 @@ def test_4d_masks_of_full_and_sliding_layers(name):
             expected = model(ids, **kwargs).logits
             with attnpatch.patched(model, "minference"):
                 torch.testing.assert_close(model(ids, **kwargs).logits, expected, atol=5e-5, rtol=0)
+
+
+def from_config(kind, **values):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**COMMON, **values})
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize(
+    "kind, values",
+    [("phimoe", {"sliding_window": 16, "num_local_experts": 2}),
+     ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "num_experts": 2,
+                    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16})],
+)  # fmt: skip
+def test_sliding_layers_of_families_that_do_not_tell_their_window(kind, values):
+    model = from_config(kind, **values)
+    with torch.no_grad():
+        expected = model(prompt()).logits
+        with attnpatch.patched(model, "snapkv", budget=400):
+            torch.testing.assert_close(model(prompt()).logits, expected, atol=5e-5, rtol=0)
+
+
+def test_status_of_a_model_whose_first_layer_has_no_attention():
+    values = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "linear_num_key_heads": 2,
+              "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+              "shared_expert_intermediate_size": 16}  # fmt: skip
+    model = from_config("qwen3_next", **values)
+    with torch.no_grad():
+        expected = model(prompt()).logits
+        with attnpatch.patched(model, "snapkv", **SNAP):
+            out = model(prompt())
+            report = attnpatch.status(model)
+    assert [layer.held for layer in report.layers if layer.covered] == [12]
+    torch.testing.assert_close(out.logits, expected, atol=5e-5, rtol=0)
+
+
+def test_refuses_families_it_would_compute_wrongly():
+    with pytest.raises(UnsupportedModelError, match="layer 0 has no `self_attn`"):
+        attnpatch.patch_model(from_config("gpt_neox"), "snapkv")
+    phi = from_config("phi", partial_rotary_factor=0.5)
+    with pytest.raises(UnsupportedModelError, match="positions='original'"):
+        attnpatch.patch_model(phi, "streamingllm")
+    with attnpatch.patched(phi, "streamingllm", budget=12, positions="original"):
+        assert greedy(phi, prompt()).shape == (1, 40 + NEW)
+    nemotron = from_config("nemotron")  # its layers hand no keywords on
+    with attnpatch.patched(nemotron, "snapkv"), pytest.raises(PatchStateError, match="hand no keywords on"):
+        nemotron(prompt())
+
+
+def test_layers_without_rotation_are_not_re_numbered():
+    model, outputs = from_config("smollm3", no_rope_layers=[0, 0, 0, 0]), []
+    for mode in ("original", "repositioned"):
+        with attnpatch.patched(model, "streamingllm", budget=12, positions=mode), torch.no_grad():
+            cache = attnpatch.PatchCache(model)
+            model(prompt(), **{CACHE: cache})
+            outputs.append(model(prompt(1, 3), **{CACHE: cache}).logits)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+    mixed = from_config("smollm3", no_rope_layers=[1, 0, 1, 0])
+    with attnpatch.patched(mixed, "streamingllm", budget=12):
+        assert mixed._attnpatch.plan.rope.turned == {0, 2}

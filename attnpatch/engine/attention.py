@@ -45,8 +45,9 @@ def attention(
     """query [B, Hq, T, D], key/value [B, Hkv, T or S, D] after RoPE -> (out [B, T, Hq, D], None)."""
     if attnpatch is None:
         raise PatchStateError(
-            "the patched attention ran without its forward hook (a compiled graph older than the patch, or a module "
-            "called on its own); run torch.compiler.reset() and call the model itself."
+            "the patched attention ran without its forward hook: a compiled graph older than the patch "
+            "(run torch.compiler.reset()), a module called on its own (call the model itself), or a family whose "
+            "layers hand no keywords on to their attention, which cannot be patched (unpatch_model(model))."
         )
     call, scaling = attnpatch, query.shape[-1] ** -0.5 if scaling is None else scaling
     if not call.ready:  # one look per forward: every layer gets the same
@@ -58,7 +59,8 @@ def attention(
     if isinstance(layer, PatchLayer):
         layer.update(key, value)  # a forward without use_cache has not called it
         return _patched(call, layer, module.layer_idx, query, key, value, scaling, softcap), None
-    return _stock(call, query, key, value, scaling, softcap, sliding_window), None
+    window = call.plan.facts[module.layer_idx].window if sliding_window is None else sliding_window
+    return _stock(call, query, key, value, scaling, softcap, window), None
 
 
 def _check_keywords(kwargs: dict[str, Any]) -> None:

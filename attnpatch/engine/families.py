@@ -10,11 +10,15 @@ from attnpatch.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class LayerFact:
-    """One decoder layer: its index, what its cache layer is, and why it cannot be patched ("" = it can)."""
+    """One decoder layer: its index, what its cache layer is, and why it cannot be patched ("" = it can).
+
+    window: tokens that a sliding layer sees, itself included; not every family tells its attention.
+    """
 
     index: int
     kind: str
     reason: str = ""
+    window: int | None = None
 
 
 def unwrap(model: Any) -> Any:
@@ -37,7 +41,7 @@ def inspect_model(model: Any) -> tuple[Any, tuple[LayerFact, ...]]:
     offloaded = any(hasattr(m, "_hf_hook") for m in model.modules())  # accelerate fills meta weights when they run
     if any(p.is_meta for p in model.parameters()) and not offloaded:
         raise UnsupportedModelError(f"{name} is on the meta device and has no weights; load the weights first.")
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     missing = [] if layers is not None and len(layers) else ["a decoder with `.layers`"]
     for layer in layers or ():
@@ -47,6 +51,8 @@ def inspect_model(model: Any) -> tuple[Any, tuple[LayerFact, ...]]:
                 missing.append(f"`self_attn.{attr}`")
         if attention is not None and getattr(attention, "is_causal", True) is False:
             missing.append("causal attention")
+        if "chunked_attention" in (getattr(decoder.config, "layer_types", None) or ()):
+            missing.append("full or sliding-window attention (its attention is chunked)")
         if attention is not None and getattr(attention, "sinks", None) is not None:
             missing.append("attention without learned sinks")
     if not model._can_set_attn_implementation():
@@ -56,21 +62,27 @@ def inspect_model(model: Any) -> tuple[Any, tuple[LayerFact, ...]]:
             f"{name} does not fit: it lacks {', '.join(dict.fromkeys(missing))}. Decoder-only models "
             "built like Llama, Qwen2, Qwen3, Mistral, Gemma2 or Gemma3 do; load one of those."
         )
-    return decoder, _layer_facts(decoder)
+    facts = _layer_facts(decoder)
+    if bare := [f.index for f in facts if f.kind == "full" and not hasattr(decoder.layers[f.index], "self_attn")]:
+        raise UnsupportedModelError(
+            f"{name} does not fit: layer {bare[0]} has no `self_attn`. Decoder-only models "
+            "built like Llama, Qwen2, Qwen3, Mistral, Gemma2 or Gemma3 do; load one of those."
+        )
+    return decoder, facts
 
 
 def _layer_facts(decoder: Any) -> tuple[LayerFact, ...]:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    stock = DynamicCache(config=decoder.config).layers
-    stock = stock or [DynamicLayer() for _ in decoder.layers]
     facts = []
-    for index, layer in enumerate(stock):
+    layer: Any
+    for index, layer in enumerate(DynamicCache(config=decoder.config).layers):
         if type(layer) is DynamicLayer:
             facts.append(LayerFact(index, "full"))
         elif getattr(layer, "is_sliding", False):
-            facts.append(LayerFact(index, "sliding", "sliding window: it is bounded already and left alone"))
+            reason = "sliding window: it is bounded already and left alone"
+            facts.append(LayerFact(index, "sliding", reason, layer.sliding_window))
         else:
             facts.append(LayerFact(index, type(layer).__name__, "no full attention cache: left alone"))
     return tuple(facts)

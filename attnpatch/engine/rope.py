@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,17 @@ _MOVING = ("dynamic", "longrope")  # frequencies that change with the length see
 class Rope:
     """Rotations compose, so a query at position p becomes one at p + d by a rotation of d."""
 
-    def __init__(self, decoder: Any) -> None:
-        """Raises UnsupportedModelError where the rotation is missing or has no fixed frequencies."""
-        self.module = getattr(decoder, "rotary_emb", None)
-        attention = type(decoder.layers[0].self_attn)
-        self.apply = getattr(sys.modules[attention.__module__], "apply_rotary_pos_emb", None)
-        if self.module is None or self.apply is None:
+    def __init__(self, decoder: Any, layers: Sequence[int]) -> None:
+        """layers: indices of those whose queries will be turned; each is tried once, on two tokens.
+
+        Raises UnsupportedModelError where the rotation is missing, unknown, or has no fixed frequencies.
+        """
+        module: Any = getattr(decoder, "rotary_emb", None)
+        self.module = module
+        attentions = {i: decoder.layers[i].self_attn for i in layers}
+        modules = {type(a).__module__ for a in attentions.values()}
+        self.apply: Any = next((getattr(sys.modules[m], "apply_rotary_pos_emb", None) for m in modules), None)
+        if attentions and (self.module is None or self.apply is None):
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} has no rotary embedding that attnpatch knows, so tokens cannot be "
                 "re-numbered; use positions='original'."
@@ -34,15 +40,45 @@ class Rope:
                 f"rope type {sorted(moving)[0]!r} changes its frequencies with the length, so tokens cannot be "
                 "re-numbered; use positions='original'."
             )
-        by_layer = "layer_type" in signature(self.module.forward).parameters
+        by_layer = attentions and "layer_type" in signature(module.forward).parameters
         self.types = list(decoder.config.layer_types) if by_layer else None
+        try:
+            self.turned = {i for i, a in attentions.items() if self._depends_on_positions(decoder, a, i)}
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"the rotary embedding of {type(decoder).__name__} is of a form that attnpatch does not know, so "
+                "tokens cannot be re-numbered; use positions='original'."
+            ) from error
+
+    def _depends_on_positions(self, decoder: Any, attention: Any, layer: int) -> bool:
+        """Whether the layer rotates at all (some families leave some layers un-rotated)."""
+        import torch
+
+        weight = next(attention.parameters())
+        device = next(self.module.buffers()).device if weight.is_meta else weight.device
+        with torch.no_grad():
+            x = torch.randn(1, 2, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+            x = x.to(device, decoder.dtype)
+            at = torch.tensor([[[0, 1]], [[0, 9]]], device=device)
+            near, far = (
+                attention(hidden_states=x, position_embeddings=self.angles(x, layer, p), attention_mask=None)[0]
+                for p in at
+            )
+            self.rotate(x.new_zeros(1, 1, 2, attention.head_dim), layer, at[0])
+        return not torch.equal(near, far)
+
+    def angles(self, x: Tensor, layer: int, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's cos and sin [B, T, D], in x's dtype, at positions int [B, T]."""
+        return self.module(x, pos) if self.types is None else self.module(x, pos, self.types[layer])
 
     def turn(self, x: Tensor, layer: int, by: Tensor) -> Tensor:
         """x [B, H, T, D] as if it stood `by` int [B, T] positions further on, in x's dtype; the angle is fp32."""
-        kind = self.types[layer] if self.types else None
-        module: Any = self.module
+        return self.rotate(x, layer, by) if layer in self.turned else x
+
+    def rotate(self, x: Tensor, layer: int, by: Tensor) -> Tensor:
+        """`turn`, whether the layer rotates or not."""
         wide = x.float()
-        cos, sin = module(wide, by) if kind is None else module(wide, by, kind)  # [B, T, D]
-        scale = getattr(module, f"{kind}_attention_scaling" if kind else "attention_scaling", 1.0)
-        apply: Any = self.apply
-        return apply(wide, wide, cos / scale, sin / scale)[0].to(x.dtype)  # the queries carry the scale already
+        cos, sin = self.angles(wide, layer, by)
+        kind = f"{self.types[layer]}_" if self.types else ""
+        scale = getattr(self.module, f"{kind}attention_scaling", 1.0)  # the queries carry it already
+        return self.apply(wide, wide, cos / scale, sin / scale)[0].to(x.dtype)

@@ -669,3 +669,15 @@ def test_layers_without_rotation_are_not_re_numbered():
     mixed = from_config("smollm3", no_rope_layers=[1, 0, 1, 0])
     with attnpatch.patched(mixed, "streamingllm", budget=12):
         assert mixed._attnpatch.plan.rope.turned == {0, 2}
+
+
+@pytest.mark.parametrize("patch", ["h2o", "snapkv"])
+def test_values_of_another_width_than_keys(patch):
+    """Multi-head latent attention: padded and scored attention too."""
+    values = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 16}
+    model = from_config("minicpm3", num_key_value_heads=4, **values)
+    ids, mask = prompt(2), torch.ones(2, 40).long()
+    mask[1, :9] = 0
+    expected = greedy(model, ids * mask, attention_mask=mask)
+    with attnpatch.patched(model, patch, budget=400):
+        assert torch.equal(greedy(model, ids * mask, attention_mask=mask), expected)

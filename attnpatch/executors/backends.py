@@ -42,6 +42,8 @@ def no_cuda_half(c: Any, capability: int, dim: int) -> str | None:
         return f"needs float16 or bfloat16, this is {str(c.dtype).removeprefix('torch.')}"
     if c.dim > dim or c.dim % 8:
         return f"needs a head dimension that is a multiple of 8 up to {dim}, this is {c.dim}"
+    if getattr(c, "wide", 0) not in (0, c.dim):
+        return "needs values as wide as the keys"
     if c.holes:
         return "cannot skip empty slots (padding or a ragged cache)"
     if getattr(c, "part", False):

@@ -46,6 +46,7 @@ class _Call(NamedTuple):
     part: bool  # sink, window or skip of a Selection
     mask: bool
     want_lse: bool
+    wide: int = 0  # head dimension of the values; 0 = as the keys
 
 
 def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> _Call:
@@ -55,6 +56,7 @@ def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) ->
         capability=_capability(q.device),
         dtype=q.dtype,
         dim=q.shape[3],
+        wide=kv.v.shape[3],
         single=rows == 1,
         square=rows == kv.k.shape[2],
         holes=bool(kv.holes),
@@ -192,11 +194,11 @@ def _without_garbage(x: torch.Tensor, kv: Any) -> torch.Tensor:
 
 def _place(out: torch.Tensor | None, part: torch.Tensor, q: torch.Tensor, start: int) -> torch.Tensor:
     """Put a block [B, Hkv, G*r, D] into out [B, T, Hq, D] (made when None); a block of all rows is only viewed."""
-    part = part.reshape(q.shape[0], q.shape[1], -1, q.shape[3]).transpose(1, 2)  # [B, r, Hq, D]
+    part = part.reshape(q.shape[0], q.shape[1], -1, part.shape[-1]).transpose(1, 2)  # [B, r, Hq, D of the values]
     if part.shape[1] == q.shape[2]:
         return part.to(q.dtype)
     if out is None:
-        out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]))
+        out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], part.shape[-1]))
     out[:, start : start + part.shape[1]] = part
     return out
 
@@ -373,7 +375,8 @@ def single(
         seen = None if rows is None else rows[0].expand(-1, -1, packed.shape[2], -1)
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scaling)
         return out.view(batch, 1, heads, -1)
-    if q.dtype not in HALF or dim % 8 or dim > 256 or _capability(q.device) < 8:  # as in _run_flash
+    fits = q.dtype in HALF and dim % 8 == 0 and dim <= 256 and v.shape[3] == dim  # as in _run_flash
+    if not fits or _capability(q.device) < 8:
         return None
     if rows is None:
         out = torch.ops.aten._scaled_dot_product_flash_attention(packed, k, v, 0.0, False, scale=scaling)[0]

@@ -30,8 +30,8 @@ def window_votes(kv: KV, ctx: Ctx, kernel_size: int, pooling: str, gqa: str) -> 
     votes = column_sums.run(
         ctx.tail, kv, q_pos=ctx.tail_pos, scaling=ctx.scaling, softcap=ctx.softcap, newest=not ctx.ragged
     )  # [B, Hq, S]
-    last = kv.pos.amax(-1, keepdim=True)
-    window = (kv.pos > last - ctx.tail.shape[2]) & (kv.pos >= 0)  # [B, 1|Hkv, S]
+    voters = (ctx.tail_pos >= 0).sum(-1)[:, None, None]  # of each row
+    window = (kv.pos > kv.pos.amax(-1, keepdim=True) - voters) & (kv.pos >= 0)  # [B, 1|Hkv, S]
     group = votes.shape[1] // kv.k.shape[1]
     outside = (window | (kv.pos < 0)).repeat_interleave(group if kv.pos.shape[1] > 1 else 1, dim=1)
     if pooling == "maxpool":

@@ -681,3 +681,52 @@ def test_values_of_another_width_than_keys(patch):
     expected = greedy(model, ids * mask, attention_mask=mask)
     with attnpatch.patched(model, patch, budget=400):
         assert torch.equal(greedy(model, ids * mask, attention_mask=mask), expected)
+
+
+@pytest.mark.parametrize("recompress", [False, True])
+@pytest.mark.parametrize("patch", ["snapkv", "pyramidkv"])
+def test_rows_of_a_batch_are_compressed_each_at_its_own_turn(model, patch, recompress):
+    """A row whose first prompt fits is compressed at the second turn, though a longer one beside it was before.
+
+    That turn is shorter than the window in row 1, which then votes with the queries it has.
+    """
+    hyper = {**SNAP, "budget": 14, "kernel_size": 5, "recompress": recompress}
+    first, second, third = torch.ones(2, 40).long(), torch.ones(2, 24).long(), torch.ones(2, 6).long()
+    first[1, :30], second[1, :7], third[1, :3] = 0, 0, 0
+    feeds, mask = [], torch.ones(2, 0).long()
+    for i, part in enumerate((first, second, third)):
+        mask = torch.cat([mask, part], 1)
+        feeds.append((prompt(2, part.shape[1], seed=i), mask, part[1].bool()))
+    with attnpatch.patched(model, patch, **hyper), torch.no_grad():
+        cache, alone = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
+        assert padded_turns(model, cache, alone, feeds) < 5e-5
+        for mine, other in zip(cache.layers, alone.layers, strict=True):
+            held, single = mine.pos[1].sort(-1).values, other.pos[0].sort(-1).values
+            assert torch.equal(held[:, held.shape[1] - single.shape[1] :].expand_as(single), single)
+
+
+def test_a_padded_prompt_that_fits_leaves_the_layer_complete(model):
+    mask = torch.ones(1, 40).long()
+    mask[0, :13] = 0
+    with attnpatch.patched(model, "snapkv", **{**SNAP, "budget": 30}), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        model(prompt(), attention_mask=mask, **{CACHE: cache})
+        assert all(layer.complete and layer.aligned for layer in cache.layers)
+
+
+@pytest.mark.parametrize("patch", ["random", "h2o", "snapkv"])
+def test_a_chunk_without_tokens_of_a_row_leaves_the_row_alone(model, patch):
+    """A left-padded later turn in chunks: the first hold nothing of row 1, which must not be evicted for them."""
+    hyper = {"budget": 12, "evict_per_chunk": True, "recompress": True}
+    hyper |= {} if patch == "h2o" else {"window_size": 3}
+    turn = torch.ones(2, 20).long()
+    turn[1, :13] = 0
+    feeds, mask = [], torch.cat([torch.ones(2, 30).long(), turn], 1)
+    for lo, hi in ((0, 30), (30, 35), (35, 40), (40, 45), (45, 50)):
+        feeds.append((prompt(2, hi - lo, seed=lo), mask[:, :hi], mask[1, lo:hi].bool()))
+    with attnpatch.patched(model, patch, **hyper), torch.no_grad():
+        cache, alone = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
+        worst = padded_turns(model, cache, alone, feeds[:1])
+        cache.expect(50)
+        alone.expect(37)
+        assert max(worst, padded_turns(model, cache, alone, feeds[1:])) < 5e-5

@@ -161,10 +161,30 @@ def _patched(
 
 
 def _may_evict(keeper: Patch | None, layer: PatchLayer, event: str, turn: int) -> bool:
-    """A method is asked at its declared events; at a later turn only if nothing was evicted or it recompresses."""
+    """A method is asked at its declared events; at a later turn for rows not yet evicted, or if it recompresses."""
     if keeper is None or event not in keeper.evict_at:
         return False
-    return event == "step" or layer.complete or layer.compressed_turn == turn or keeper.recompresses
+    if event == "step" or keeper.recompresses:
+        return True
+    open_ = _open(layer, turn)
+    return open_ if isinstance(open_, bool) else bool(open_.any())
+
+
+def _open(layer: PatchLayer, turn: int) -> Any:
+    """Whether nothing was evicted at an earlier turn: bool, or bool [B] where rows differ."""
+    turns = layer.compressed_turn
+    return turns in (-1, turn) if isinstance(turns, int) else (turns == -1) | (turns == turn)
+
+
+def _untouched(call: Call, layer: PatchLayer, keeper: Patch) -> tuple[bool, ...]:
+    """Rows that keep everything: compressed at an earlier turn, or without a token in this chunk; () = none."""
+    done = None
+    if not keeper.recompresses and not isinstance(layer.compressed_turn, int):
+        done = ~_open(layer, call.cache.turn)  # type: ignore[union-attr]
+    if call.event == "chunk" and call.padding is not None:
+        idle = call.fresh[:, 0] == 0
+        done = idle if done is None else done | idle.to(done.device)
+    return () if done is None else tuple(done.tolist())
 
 
 def _custom_mask(call: Call, layer: PatchLayer, order: Any, q: Tensor, keeper: Any) -> Tensor | None:
@@ -217,6 +237,8 @@ def _decide(
         patch.observe(q, kv, ctx)
     if keeper is None:
         return
+    if call.event != "step":
+        ctx.untouched = _untouched(call, layer, keeper)
     decision = keeper.keep(q, kv, ctx)
     if decision is None:
         return

@@ -47,7 +47,7 @@ class PatchLayer(DynamicLayer):
         self._late = 0  # slots appended since
         self.mask: Any = None  # the last padding mask, bool [B, seen]
         self.complete = True  # nothing was evicted
-        self.compressed_turn = -1
+        self.compressed_turn: Any = -1  # the turn of the last eviction, int or int [B] by row; -1 = none
         self.tokens_since = 0  # tokens seen since the last eviction
         self.state: dict[str, Tensor] = {}  # [B] follows rows, [B, H', S] follows rows and slots; 0 in free slots
         self.rows: dict[str, Tensor] = {}  # [B, ...] follows rows only; gone after a crop
@@ -157,7 +157,7 @@ class PatchLayer(DynamicLayer):
             return
         self.keys, self.values = pick(self.keys), pick(self.values)
         self._pos = None if self._pos is None else pick(self._pos)
-        for name in ("count", "_base", "_next", "mask", "pages"):
+        for name in ("count", "_base", "_next", "mask", "pages", "compressed_turn"):
             value = getattr(self, name)
             setattr(self, name, pick(value) if isinstance(value, torch.Tensor) else value)
         self.state = {n: pick(t) for n, t in self.state.items()}
@@ -263,13 +263,21 @@ class PatchLayer(DynamicLayer):
 
     def keep(self, keep: KeepSet, turn: int) -> None:
         """Apply a decision at once: gather what stays, or overwrite what goes."""
-        pos = self.pos
+        pos, before = self.pos, None if self.count is None and keep.count is None else self._counts()
         following = self._next if self._pos is not None else self.held if self.count is None else self.count
+        turns: Any = turn
         if keep.drop is not None:
             self._overwrite(keep.drop, pos, following)
         elif keep.index is not None:
+            aligned, lost = self.aligned, keep.index.shape[-1] < self.held
             self._pick(keep.index, None if keep.count is None else keep.count.to(torch.int32), following)
-        self.complete, self.compressed_turn, self.tokens_since = False, turn, 0
+            if before is not None:  # rows that fit lose nothing; a prompt may wait for the device
+                rows = (self._counts() < before).any(-1)  # [B]
+                turns, lost = torch.where(rows, turn, self.compressed_turn), bool(rows.any())
+            if not lost:
+                self._set_pos(None if aligned else self._pos, following)
+                return
+        self.complete, self.compressed_turn, self.tokens_since = False, turns, 0
 
     def _pick(self, index: Tensor, count: Tensor | None, following: Any) -> None:
         """Only slots index [B, 1|Hkv, M] stay, the first `count`; the next token stands at `following`."""

@@ -108,14 +108,19 @@ class Ctx:
     lse: Tensor | None = None  # [B, Hq, T]
     ragged: bool = True  # rows may hold different numbers of tokens (padding)
     bytes_per_token: float | None = None
+    untouched: tuple[bool, ...] = ()  # rows that keep all they hold, whatever the budget
 
     @property
     def last_layer(self) -> bool:
         return self.layer == self.n_layers - 1
 
     def capacity(self, budget: Budget) -> tuple[int, ...]:
-        """Entries each row may keep under `budget`."""
-        return tuple(budget.tokens(n, self.bytes_per_token) for n in self.prompt_len)
+        """Entries each row may keep under `budget`; all of them where the row is not to be touched."""
+        untouched = self.untouched or (False,) * len(self.prompt_len)
+        return tuple(
+            n if whole else budget.tokens(n, self.bytes_per_token)
+            for n, whole in zip(self.prompt_len, untouched, strict=True)
+        )
 
     def noise(self, pos: Tensor, seed: int) -> Tensor:
         """Uniform fp32 in [0, 1) of pos's shape, a function of seed, layer, head (dim 1) and position only.

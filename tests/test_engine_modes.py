@@ -730,3 +730,17 @@ def test_a_chunk_without_tokens_of_a_row_leaves_the_row_alone(model, patch):
         cache.expect(50)
         alone.expect(37)
         assert max(worst, padded_turns(model, cache, alone, feeds[1:])) < 5e-5
+
+
+def test_generate_on_a_cache_takes_all_turns_or_their_mask(model):
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        cache, other = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
+        first = greedy(model, prompt(), **{CACHE: cache})
+        greedy(model, prompt(), **{CACHE: other})
+        more = prompt(1, 9, seed=5)
+        with pytest.raises(InputError, match="holds 45 tokens and generate was given 9"):
+            greedy(model, more, **{CACHE: cache})
+        expected = greedy(model, torch.cat([first, more], 1), **{CACHE: cache})
+        new = torch.cat([first[:, -1:], more], 1)
+        got = greedy(model, new, attention_mask=torch.ones(1, 55).long(), **{CACHE: other})
+        assert torch.equal(got[0, -NEW:], expected[0, -NEW:])

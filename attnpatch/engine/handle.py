@@ -174,6 +174,12 @@ class Handle:
             raise InputError("the prompt is empty; pass at least one token.")
         if cache is None:
             cache = PatchCache(self.plan)
+        seen = cache.get_seq_length()
+        if seen >= length and kwargs.get("inputs_embeds") is None:
+            raise InputError(
+                f"the cache holds {seen} tokens and generate was given {length}; pass the ids of all turns, or the new "
+                "ones with an attention_mask over all turns."
+            )
         cache.expect(length)
         return cache, {**kwargs, "cache_implementation": None}
 

@@ -270,6 +270,13 @@ def test_noise_depends_on_seed_layer_head_and_position_only():
     assert correlation.abs().max() < 0.08
 
 
+def test_noise_takes_any_seed():
+    pos = slots(50)
+    streams = [noise(pos, seed=seed) for seed in (3, 20240607, 2**40, 2**64 + 3)]
+    assert all(((x >= 0) & (x < 1)).all() for x in streams)
+    assert not any(torch.equal(a, b) for i, a in enumerate(streams) for b in streams[:i])
+
+
 def test_noise_is_roughly_uniform():
     x = noise(slots(100_000))
     assert 0 <= x.min() and x.max() < 1

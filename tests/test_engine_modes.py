@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import CACHE, CONFIGS, FULL, output_cache, tiny
+from oracle import CACHE, COMMON, CONFIGS, FULL, output_cache, tiny
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig
 
 import attnpatch
@@ -442,3 +442,151 @@ def test_a_row_may_pause_while_others_go_on(model):
                 torch.testing.assert_close(got[1:], expected[-1], atol=5e-5, rtol=0)
         layer, single = cache.layers[0], alone.layers[0]
         assert layer.pos[1].sort(-1).values[..., -16:].tolist() == single.pos[0].sort(-1).values.tolist()
+
+
+def test_status_forgets_an_older_cache(model):
+    """The figures of an earlier generate are not shown for a later bare forward, whose cache is gone."""
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        greedy(model, prompt())
+        assert attnpatch.status(model).layers[0].seen == 40 + NEW - 1
+        model(prompt(1, 60))
+        assert attnpatch.status(model).layers[0].seen == 0
+
+
+def test_density_follows_the_rows(model):
+    with attnpatch.patched(model, "minference", vertical=30, slash=100), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        model(prompt(4, 300), **{CACHE: cache})
+        before = cache.layers[0].pages
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        assert torch.equal(cache.layers[0].pages, before[[2, 0]])
+        model(prompt(2, 300), **{CACHE: cache})
+        assert cache.layers[0].pages.shape[0] == 2
+
+
+@pytest.mark.parametrize("patch", ["h2o", "streamingllm"])
+def test_a_cache_leaves_inference_mode(model, patch):
+    """Slots freed under inference_mode may not be written outside it; decoding goes on in new ones."""
+    steps = prompt(1, 5, seed=8).split(1, 1)
+    with attnpatch.patched(model, patch, budget=12):
+        cache, other = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
+        for i, ids in enumerate([prompt(), *steps]):
+            with torch.inference_mode() if i < 3 else torch.no_grad():
+                got = model(ids, **{CACHE: cache}).logits
+            with torch.no_grad():
+                torch.testing.assert_close(got, model(ids, **{CACHE: other}).logits, atol=1e-5, rtol=0)
+
+
+def test_a_cache_does_not_keep_a_fused_projection_alive():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    model = Phi3ForCausalLM(Phi3Config(**COMMON)).eval()
+    with attnpatch.patched(model, "snapkv", budget=400), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        model(prompt(), **{CACHE: cache})
+    for layer in cache.layers:
+        for x in (layer.keys, layer.values):
+            assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+def test_sparse_prefill_without_use_cache(model):
+    """use_cache=False, as perplexity scripts pass it, must not turn a sparse prefill dense without a word."""
+    ids = prompt(1, 300)
+    with attnpatch.patched(model, "minference", vertical=30, slash=100), torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, model(ids).logits)
+
+
+def padded_turns(model, cache, alone, turns):
+    """Feed row by row equal turns to a batch of two and row 1 alone; the worst logit difference of row 1.
+
+    turns: (ids [2, T], mask [2, seen] or None, real [T] bool of row 1).
+    """
+    worst = 0.0
+    for ids, mask, real in turns:
+        seen = ids.shape[1] + cache.get_seq_length()
+        pos = (torch.ones(2, seen).long() if mask is None else mask).cumsum(-1) - 1
+        extra = {} if mask is None else {"attention_mask": mask, "position_ids": pos[:, -ids.shape[1] :].clamp(min=0)}
+        got = model(ids, **extra, **{CACHE: cache}).logits[1, real]
+        if real.any():
+            worst = max(worst, (got - model(ids[1:, real], **{CACHE: alone}).logits[0]).abs().max().item())
+    return worst
+
+
+@pytest.mark.parametrize(
+    "patch, hyper",
+    [("snapkv", SNAP), ("snapkv", {**SNAP, "budget": 400}), ("random", {"budget": 12}),
+     ("streamingllm", {"budget": 12, "evict_decode": False})],
+)  # fmt: skip
+def test_a_later_mask_takes_back_what_finished_rows_were_fed(model, patch, hyper):
+    """generate feeds pads to a finished row as if they were real; the next turn's mask says that they were not."""
+    feeds = [(prompt(2), None, torch.ones(40).bool())]
+    for t, ids in enumerate(prompt(2, 5, seed=8).split(1, 1)):
+        feeds.append((ids, None, torch.tensor([t < 2])))
+    mask = torch.ones(2, 51).long()
+    mask[1, 42:45] = 0
+    more = prompt(2, 6, seed=9)
+    feeds.append((more, mask, torch.ones(6).bool()))
+    feeds.append((more[:, :1], torch.cat([mask, torch.ones(2, 1).long()], 1), torch.ones(1).bool()))
+    with attnpatch.patched(model, patch, **hyper), torch.no_grad():
+        assert padded_turns(model, attnpatch.PatchCache(model), attnpatch.PatchCache(model), feeds) < 5e-5
+
+
+def test_a_later_mask_may_not_hide_what_is_followed_by_real_tokens(model):
+    mask = torch.ones(2, 45).long()
+    mask[1, 38] = 0
+    with attnpatch.patched(model, "snapkv", **SNAP), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        model(prompt(2), **{CACHE: cache})
+        with pytest.raises(InputError, match="newest tokens"):
+            model(prompt(2, 5), attention_mask=mask, **{CACHE: cache})
+
+
+def test_padding_is_remembered_where_a_turn_comes_without_a_mask(model):
+    stock = tiny("llama")
+    mask = torch.ones(2, 40).long()
+    mask[1, :13] = 0
+    with attnpatch.patched(model, "snapkv", budget=400), torch.no_grad():
+        cache, theirs = attnpatch.PatchCache(model), DynamicCache(config=stock.config)
+        for i, length in enumerate((40, 5, 5, 1, 1)):
+            ids = prompt(2, length, seed=i)
+            full = torch.cat([mask, torch.ones(2, theirs.get_seq_length() + length - 40).long()], 1)
+            given = [full, None, full, full, torch.ones_like(full)][i]  # an all-ones mask changes nothing either
+            got = model(ids, attention_mask=given, **{CACHE: cache}).logits
+            expected = stock(ids, attention_mask=full, **{CACHE: theirs}).logits
+            torch.testing.assert_close(got[0], expected[0], atol=5e-5, rtol=0)
+            torch.testing.assert_close(got[1, full[1, -length:].bool()], expected[1, full[1, -length:].bool()],
+                                       atol=5e-5, rtol=0)  # fmt: skip
+
+
+def test_crop_keeps_counting_where_the_newest_token_was_evicted(model):
+    with attnpatch.patched(model, "random", budget=12, window_size=0), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        model(prompt(), **{CACHE: cache})
+        for ids in prompt(1, 3).split(1, 1):
+            model(ids, **{CACHE: cache})
+        cache.crop(-2)
+        for ids in prompt(1, 4).split(1, 1):
+            model(ids, **{CACHE: cache})
+        for layer in cache.layers:
+            assert layer.pos[..., -5:].tolist() == [[list(range(40, 45))] * 2]
+
+
+def test_crop_changes_every_layer_or_none(model):
+    for name, patch, hyper in (("llama", "snapkv", {**SNAP, "layers": [1, 3]}), ("gemma3", "snapkv", {"budget": 400})):
+        with attnpatch.patched(tiny(name), patch, **hyper) as patched, torch.no_grad():
+            cache = attnpatch.PatchCache(patched)
+            patched(prompt(), **{CACHE: cache})
+            held = [layer.keys.shape[2] for layer in cache.layers]
+            with pytest.raises(UnsupportedModeError, match="new PatchCache|last eviction"):
+                cache.crop(-3)
+            assert [layer.keys.shape[2] for layer in cache.layers] == held and cache.get_seq_length() == 40
+
+
+def test_a_prompt_after_a_crop_is_a_prompt_of_its_own(model):
+    """generate's note of where the prompt ends must not outlive the tokens."""
+    with attnpatch.patched(model, "snapkv", **{**SNAP, "budget": 30}), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        model.generate(prompt(1, 25), max_new_tokens=2, do_sample=False, **{CACHE: cache})
+        cache.crop(-16)
+        model(prompt(1, 5), **{CACHE: cache})
+        assert cache.turn == 2 and not cache._in_prompt

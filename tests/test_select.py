@@ -105,6 +105,17 @@ class TwoHalves(Patch):
 
 
 @dataclass
+class Watching(Patch):
+    """Dense; notes what it was told of padding."""
+
+    def select(self, q, kv, ctx):
+        RAGGED.append(ctx.ragged)
+
+
+RAGGED: list[bool] = []
+
+
+@dataclass
 class Overlapping(Patch):
     """Wrong on purpose: terms that overlap without being equal."""
 
@@ -115,7 +126,7 @@ class Overlapping(Patch):
 
 @pytest.fixture
 def own_patches():
-    mine = {"two_halves": TwoHalves, "overlapping": Overlapping}
+    mine = {"two_halves": TwoHalves, "overlapping": Overlapping, "watching": Watching}
     for name, cls in mine.items():
         register(name)(cls)
     yield
@@ -131,6 +142,18 @@ def test_terms_that_share_rows_add_up(page, rows):
     expected = logits(model, ids)
     with attnpatch.patched(model, "two_halves", page=page, rows=rows):
         torch.testing.assert_close(logits(model, ids), expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("own_patches")
+def test_select_is_told_whether_rows_are_padded():
+    model, mask = tiny("llama"), torch.ones(2, 30).long()
+    RAGGED.clear()
+    with attnpatch.patched(model, "watching"):
+        logits(model, prompt(2, 30))
+        assert RAGGED == [False] * 4
+        mask[1, :7] = 0
+        logits(model, prompt(2, 30), attention_mask=mask)
+        assert RAGGED[4:] == [True] * 4
 
 
 @pytest.mark.usefixtures("own_patches")

@@ -192,7 +192,7 @@ def _push_tail(tail: Any, q: Tensor, q_pos: Tensor | None, call: Call, width: in
 
 def _complete(call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor) -> None:
     """Fill in what hooks may read and the plain dense road does without."""
-    kv.pos = layer.pos
+    kv.pos, ctx.ragged = layer.pos, layer.count is not None
     ctx.q_pos = ctx.q_pos if ctx.q_pos is not None else call.q_pos(q.shape[0], q.device)
     if call.event != "step":
         ctx.prompt_len = call.prompt_len
@@ -207,7 +207,7 @@ def _decide(
 ) -> None:
     """Run the hooks and apply what they decide."""
     _complete(call, layer, kv, ctx, q)
-    ctx.lse, ctx.ragged = lse, layer.count is not None
+    ctx.lse = lse
     for patch in observers:
         patch.observe(q, kv, ctx)
     if keeper is None:

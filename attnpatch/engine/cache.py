@@ -88,34 +88,57 @@ class PatchLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens (a negative count), as far back as the last eviction."""
+        tokens = self.check_crop(tokens_to_remove)
+        if tokens == 0 or not self.is_initialized:
+            return
+        self.seen -= tokens
+        self.tokens_since = max(0, self.tokens_since - tokens)
+        if self.mask is None:
+            self.forget(self.seen, None)
+        else:
+            mask = self.mask[:, : self.seen]
+            self.forget(mask.sum(-1, keepdim=True, dtype=torch.int32), mask)
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """The tokens a crop removes. Raises InputError or UnsupportedModeError where it cannot."""
         tokens = -tokens_to_remove
         if tokens < 0:
             raise InputError(f"crop({tokens_to_remove}) must be negative: the number of newest tokens to remove.")
-        if tokens == 0 or not self.is_initialized:
-            return
-        if tokens > (self.seen if self.complete else self.tokens_since):
+        if self.is_initialized and tokens > (self.seen if self.complete else self.tokens_since):
             raise UnsupportedModeError(
                 f"crop({tokens_to_remove}) reaches behind the last eviction ({self.tokens_since} tokens ago); "
                 "dropped entries are gone. Start a new PatchCache, or crop less."
             )
-        pos, left = self.pos, self.held - tokens
-        if self.count is not None:
-            gone = tokens if self.mask is None else self.mask[:, -tokens:].sum(-1, keepdim=True, dtype=torch.int32)
-            self.count = self.count - gone
-            self.mask = None if self.mask is None else self.mask[:, :-tokens]
-            left = int(self.count.max())  # a crop may wait for the device
-        self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
-        self._tokens(lambda t: t[:, :, :left])
-        self._zero_free()
-        if self._pos is not None:  # what was cropped is newer than what stays
-            pos = pos[..., :left]
-            if self.count is not None:
-                pos = pos.masked_fill(torch.arange(left, device=pos.device) >= self.count[..., None], -1)
-            self._set_pos(pos, pos.amax(-1)[:, :1] + 1)
-        self.seen -= tokens
-        self.tokens_since = max(0, self.tokens_since - tokens)
+        return tokens
+
+    def forget(self, end: Any, mask: Tensor | None) -> None:
+        """Take back what lies at position `end` (int, or int32 [B, 1] by row) and later. May wait for the device.
+
+        mask: bool [B, seen], the tokens that stay real; None = all.
+        """
+        if not self.is_initialized:
+            return
+        whole = isinstance(end, int)
+        end = end if whole else end.to(self.keys.device)
+        if self.aligned:
+            self.count = None if whole else torch.minimum(self._counts(), end)
+            left = min(self.held, end) if whole else int(self.count.max())
+            self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
+            self._tokens(lambda t: t[:, :, :left])
+            self._zero_free()
+        else:
+            stay = (self.pos >= 0) & (self.pos < (end if whole else end[..., None]))
+            count = stay.sum(-1, dtype=torch.int32)
+            index = (~stay).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(count.max())]
+            self._pick(index, None if whole and self.count is None else count, end)
+        self.mask, self._spare, self.tail = mask, None, None
         self.rows.clear()
-        self._spare = self.tail = None
+
+    def _counts(self) -> Tensor:
+        """int32 [B, 1|Hkv] entries of each row."""
+        if self.count is not None:
+            return self.count
+        return torch.full((self.keys.shape[0], 1), self.held, dtype=torch.int32, device=self.keys.device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -135,7 +158,7 @@ class PatchLayer(DynamicLayer):
             return
         self.keys, self.values = pick(self.keys), pick(self.values)
         self._pos = None if self._pos is None else pick(self._pos)
-        for name in ("count", "_base", "_next", "mask"):
+        for name in ("count", "_base", "_next", "mask", "pages"):
             value = getattr(self, name)
             setattr(self, name, pick(value) if isinstance(value, torch.Tensor) else value)
         self.state = {n: pick(t) for n, t in self.state.items()}
@@ -197,13 +220,14 @@ class PatchLayer(DynamicLayer):
 
     def _join(self, k: Tensor, v: Tensor) -> None:
         held, new = self.keys.shape[2], k.shape[2]
-        if self._spare is not None and new == 1:
-            buffer_k, buffer_v = self._spare  # [B, Hkv, held + 1, D]
+        spare = self._spare if new == 1 else None
+        if spare is not None and (torch.is_inference_mode_enabled() or not spare[0].is_inference()):
+            buffer_k, buffer_v = spare  # [B, Hkv, held + 1, D]
             buffer_k[:, :, held:] = k
             buffer_v[:, :, held:] = v
             self.keys, self.values = buffer_k, buffer_v
         elif held == 0:
-            self.keys, self.values = k, v
+            self.keys, self.values = _own(k), _own(v)
         else:
             self.keys, self.values = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
         self._spare = None
@@ -214,10 +238,8 @@ class PatchLayer(DynamicLayer):
         batch, heads, new, _ = k.shape
         if self.count is None:
             pos = None if self.aligned else self.pos
-            self.count = torch.full((batch, 1), self.held, dtype=torch.int32, device=k.device)
+            self.count = self._counts()
             self._set_pos(pos, self._next)
-        elif call.padding is None:  # the model numbers tokens as fed then, pads included
-            self._set_pos(self.pos, call.before)
         alike = self.complete and self.aligned and call.padding is not None
         if alike:
             slots = call.slots[:, None].to(k.device)  # [B, 1|H, T]
@@ -227,7 +249,8 @@ class PatchLayer(DynamicLayer):
         self._join(k, v)
         self.keys.scatter_(2, index.expand_as(k), k)
         self.values.scatter_(2, index.expand_as(v), v)
-        self.count = call.total.to(k.device) if alike else self.count + call.fresh.to(k.device)
+        fresh = new if call.padding is None else call.fresh.to(k.device)
+        self.count = call.total.to(k.device) if alike else self.count + fresh
         self.mask = call.padding
 
     def _tokens(self, change: Any) -> None:
@@ -241,22 +264,26 @@ class PatchLayer(DynamicLayer):
 
     def keep(self, keep: KeepSet, turn: int) -> None:
         """Apply a decision at once: gather what stays, or overwrite what goes."""
-        heads, pos = self.keys.shape[1], self.pos
+        pos = self.pos
         following = self._next if self._pos is not None else self.held if self.count is None else self.count
         if keep.drop is not None:
             self._overwrite(keep.drop, pos, following)
         elif keep.index is not None:
-            index = keep.index.expand(-1, heads, -1)  # [B, Hkv, M]
-            pos = pos.expand(-1, heads, -1).gather(-1, index)
-            self.count = None if keep.count is None else keep.count.to(torch.int32)
-            if self.count is not None:
-                pos = torch.where(torch.arange(index.shape[-1], device=index.device) < self.count[..., None], pos, -1)
-            self.keys, self.values = _gather(self.keys, index), _gather(self.values, index)
-            self._tokens(lambda t: t.gather(-1, index[:, : t.shape[1]]))
-            self._zero_free()
-            self._set_pos(pos, following)
-            self._spare = None
+            self._pick(keep.index, None if keep.count is None else keep.count.to(torch.int32), following)
         self.complete, self.compressed_turn, self.tokens_since = False, turn, 0
+
+    def _pick(self, index: Tensor, count: Tensor | None, following: Any) -> None:
+        """Only slots index [B, 1|Hkv, M] stay, the first `count`; the next token stands at `following`."""
+        index = index.expand(-1, self.keys.shape[1], -1)
+        pos = self.pos.expand_as(self.keys[..., 0]).gather(-1, index)
+        self.count = count
+        if count is not None:
+            pos = pos.masked_fill(torch.arange(index.shape[-1], device=index.device) >= count[..., None], -1)
+        self.keys, self.values = _gather(self.keys, index), _gather(self.values, index)
+        self._tokens(lambda t: t.gather(-1, index[:, : t.shape[1]]))
+        self._zero_free()
+        self._set_pos(pos, following)
+        self._spare = None
 
     def _overwrite(self, drop: Tensor, pos: Tensor, following: Any) -> None:
         """The newest entry moves into the dropped slot, O(1); the freed slot serves the next append."""
@@ -291,7 +318,7 @@ class PatchLayer(DynamicLayer):
         ends = range(slots - rows + min(start + term.bq, stop), slots - rows + stop + term.bq, term.bq)
         self.grid += sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
         width = term.index.new_full(term.index.shape[:-1], term.index.shape[-1]) if term.count is None else term.count
-        pages = width.float().sum(-1)
+        pages = width.float().sum(-1).expand(self.keys.shape[0], -1)
         self.pages = pages if self.pages is None else self.pages + pages
 
     def bytes_held(self) -> int:
@@ -335,6 +362,12 @@ def summarise(layer: Any) -> LayerSummary:
     )
 
 
+def _own(x: Tensor) -> Tensor:
+    """x, copied where it is a part of something larger (a fused projection), which it would keep alive."""
+    whole = torch.compiler.is_compiling() or x.untyped_storage().nbytes() > x.numel() * x.element_size()
+    return x.clone(memory_format=torch.contiguous_format) if whole else x
+
+
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """x [B, H, S, D] at index [B, H, M] -> [B, H, M, D]."""
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
@@ -357,7 +390,17 @@ class PatchCache(DynamicCache):
         self.prompt_end = prompt_length or 0
         self.batch = 1
         self.padded = False  # some token fed so far was padding
-        self.generating = False
+        self.generating = self._in_prompt = False
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The last padding mask, bool [B, seen]; None = nothing was padded, or no layer can be patched."""
+        return next((layer.mask for layer in self.patched), None)
+
+    @property
+    def patched(self) -> list[PatchLayer]:
+        """The layers that may evict or select."""
+        return [layer for layer in self.layers if isinstance(layer, PatchLayer)]
 
     @property
     def grows_by_ones(self) -> bool:
@@ -374,13 +417,25 @@ class PatchCache(DynamicCache):
         prompt = before < self.prompt_end or length > 1 or before == 0
         if not prompt:
             return "step"
-        if not getattr(self, "_in_prompt", False):
+        if not self._in_prompt:
             self.turn += 1
-            for layer in self.layers:
-                if isinstance(layer, PatchLayer):
-                    layer.tail = None
+            for layer in self.patched:
+                layer.tail = None
         self._in_prompt = after < self.prompt_end
         return "chunk" if self._in_prompt else "prompt"
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens (a negative count) in every layer, or raise and leave every layer as it was."""
+        for layer in self.layers:
+            if isinstance(layer, PatchLayer):
+                layer.check_crop(tokens_to_remove)
+            elif getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.get_max_length():
+                raise UnsupportedModeError(
+                    "a sliding-window layer has let go of what a crop would bring back; start a new PatchCache."
+                )
+        super().crop(tokens_to_remove)
+        if not self._in_prompt:
+            self.prompt_end = min(self.prompt_end, self.get_seq_length())
 
     def reset(self) -> None:
         super().reset()

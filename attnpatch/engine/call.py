@@ -123,7 +123,8 @@ class Ctx:
         Equal in any batch, padding or chunking: a counter-based hash (splitmix64's finaliser on 63 bits).
         """
         head = torch.arange(pos.shape[1], device=pos.device)[None, :, None]
-        x = pos.long() + head * 1_000_003 + self.layer * 8_191_000_017 + seed * 1_000_000_000_039
+        fixed = (self.layer * 8_191_000_017 + seed * 1_000_000_000_039) % (2**61 - 1)  # any seed fits
+        x = pos.long() + head * 1_000_003 + fixed
         for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
             x = (x ^ ((x >> shift) & 0x3FFFFFFFF)) * factor
         return ((x >> 20) & 0xFFFFFF).float() / float(1 << 24)
@@ -157,27 +158,55 @@ class Call:
         return "decode" if self.event == "step" else "prefill"
 
     def read_mask(self, mask: Tensor | None) -> None:
-        """Take the padding (2-D) or a ready 4-D mask from the mask function; the first layer's does for all."""
+        """Take the padding (2-D) or a ready 4-D mask from the mask function; the first layer's does for all.
+
+        What was padding stays padding, whatever the mask says of it later. A new turn may take back the newest tokens
+        of a row, as a batch does whose finished rows were fed pads: those entries are forgotten.
+        """
         self.ready = True
-        if mask is None:
-            return
-        if mask.ndim == 4:
+        past = self.cache.mask if self.cache is not None else None  # bool [B, before]
+        if mask is not None and mask.ndim == 4:
             self.custom = mask if mask.dtype == torch.bool else mask >= 0
             return
-        if mask.shape[1] < self.after:
+        if mask is None and past is None:
+            return
+        if mask is not None and mask.shape[1] < self.after:
             raise InputError(
                 f"attention_mask covers {mask.shape[1]} tokens, but {self.after} have been seen; "
                 "pass the mask of all tokens, earlier turns included."
             )
         if self.event == "step" and self.cache is not None and self.cache.grows_by_ones:
             return
-        mask = mask[:, : self.after].bool()
-        # one wait per prompt chunk, none per decode step or under compile
-        if self.event != "step" and not torch.compiler.is_compiling() and bool(mask.all()):
+        new = None if mask is None else mask[:, self.before : self.after].bool()
+        # waits at a prompt chunk, never at a decode step or under compile
+        wait = self.event != "step" and not torch.compiler.is_compiling() and mask is not None
+        if wait and self.before:
+            past = self._take_back(mask[:, : self.before].bool(), past)  # type: ignore[index]
+        if wait and past is None and bool(new.all()):  # type: ignore[union-attr]
             return
-        self.padding = mask
+        if new is None:
+            new = past.new_ones(past.shape[0], self.length)  # type: ignore[union-attr]
+        past = new.new_ones(new.shape[0], self.before) if past is None else past.to(new.device)
+        self.padding = torch.cat([past, new], dim=1)
         if self.cache is not None:
             self.cache.padded = True
+
+    def _take_back(self, given: Tensor, past: Tensor | None) -> Tensor | None:
+        """The mask of earlier tokens, bool [B, before], after rows took back their newest ones as `given` says."""
+        known = torch.ones_like(given) if past is None else past.to(given.device)
+        real = known & given
+        n = real.sum(-1, keepdim=True, dtype=torch.int32)
+        changed = torch.stack([(real != known).any(), (real != known & (known.cumsum(-1) <= n)).any()]).tolist()
+        if changed[1]:
+            raise InputError(
+                "attention_mask hides tokens that were real in an earlier turn and are followed by real ones; "
+                "only the newest tokens of a row can be taken back. Start a new cache to hide others."
+            )
+        if not changed[0]:
+            return past
+        for layer in self.cache.patched:  # type: ignore[union-attr]
+            layer.forget(n, real)
+        return real
 
     @cached_property
     def total(self) -> Tensor:
@@ -186,10 +215,8 @@ class Call:
 
     @cached_property
     def fresh(self) -> Tensor:
-        """Real tokens of each row in this call: int32 [B, 1], or [] where there is no padding."""
-        if self.padding is None:
-            return torch.tensor(self.length, dtype=torch.int32)
-        return self.padding[:, self.before :].sum(-1, keepdim=True, dtype=torch.int32)
+        """int32 [B, 1] real tokens of each row in this call. Only where there is padding."""
+        return self.padding[:, self.before :].sum(-1, keepdim=True, dtype=torch.int32)  # type: ignore[index]
 
     @cached_property
     def slots(self) -> Tensor:

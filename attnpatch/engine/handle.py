@@ -121,11 +121,12 @@ class Handle:
         check_mask(kwargs.get("attention_mask"))
         cache = compat.take_cache(kwargs)
         use_cache = kwargs.get("use_cache")
-        if cache is None and (use_cache if use_cache is not None else getattr(module.config, "use_cache", True)):
+        use_cache = getattr(module.config, "use_cache", True) if use_cache is None else use_cache
+        if cache is None and (use_cache or self.plan.selectors):  # selecting hooks live on cache layers
             cache = PatchCache(self.plan)
         self.check_cache(cache)
         if cache is not None:
-            self.last_cache, kwargs[self.cache_name] = ref(cache), cache
+            self.last_cache, self.summary, kwargs[self.cache_name] = ref(cache), None, cache
         kwargs["attnpatch"] = Call(self.plan, cache, inputs.shape[1])
         return (), kwargs
 

@@ -46,7 +46,9 @@ class Quest(Patch):
         self.budget = Budget.parse(self.budget)
         super().__post_init__()
         if self.budget.kind == "bytes":
-            raise ConfigError(f"quest: budget {self.budget} is in bytes; nothing is evicted, so give tokens or a ratio.")
+            raise ConfigError(
+                f"quest: budget {self.budget} is in bytes, but nothing is evicted; give tokens or a ratio."
+            )
 
     def pages(self, keys: int) -> int:
         """Pages that a query attends of `keys` keys, if there are as many."""
@@ -72,9 +74,12 @@ class Quest(Patch):
             page = torch.arange(scores.shape[-1], device=q.device)
             last = newest.div(self.page_size, rounding_mode="floor")
             scores = scores.masked_fill((page == last[:, None])[:, None], float("inf"))
-        index = lists.best(scores, width).to(torch.int32)
-        count = self._count(newest + 1)[:, None, None] if kv.holes else None
-        return Selection(index=index[:, :, None], count=count, page=self.page_size)
+        index, count = lists.ranked(scores, width), None
+        if kv.holes:  # shorter rows may attend fewer pages
+            count = self._count(newest + 1)[:, None, None]  # [B, 1, 1]
+            index = torch.where(torch.arange(width, device=q.device) < count, index, scores.shape[-1])
+        index = index.sort(dim=-1).values.to(torch.int32)
+        return Selection(index[:, :, None], count, self.page_size)
 
     def _count(self, keys: Tensor) -> Tensor:
         """`pages`, but no more than there are, for keys int [B]: int32 [B]."""
@@ -99,7 +104,7 @@ class Quest(Patch):
         old, done, page = kv.rows.get("page_bounds"), kv.plain.get("page_bounds", 0), self.page_size
         kv.plain["page_bounds"] = kv.S  # slots that are summarised
         pages = -(-kv.S // page)
-        if old is not None and done == kv.S - 1:
+        if old is not None and kv.S - done <= 1:
             old = kv.rows["page_bounds"] = page_bounds.widened(old, pages)
             page_bounds.add(old, kv.k, page, newest)
             return old

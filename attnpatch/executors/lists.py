@@ -52,7 +52,7 @@ def one_list(selection: Any, which: int, end: int) -> Any:
 
 
 def ranked(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices int64 [..., count] of the highest scores fp32 [..., n >= count], the best first; ties: the later first."""
+    """Indices int64 [..., count] of the highest scores fp32 [..., n >= count], best first; ties: the later first."""
     bits = scores.float().view(torch.int32)
     # score and place in one integer that orders as the pair does
     key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | torch.arange(scores.shape[-1], device=scores.device)

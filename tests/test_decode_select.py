@@ -12,6 +12,7 @@ import torch
 from attnpatch.patches.hip import HiP
 from attnpatch.patches.quest import Quest
 from attnpatch.patches.recycled import RefreshKV
+from attnpatch.patches.tokenselect import TokenSelect
 from oracle import CACHE, CONFIGS, tiny
 from test_hip import naive_search
 from test_row_lists import mend_interpreter
@@ -383,14 +384,88 @@ def test_hip_searches_again_after_a_turn_a_crop_and_a_dense_start():
     assert layer.plain["hip_age"] == 0
 
 
+# ---- tokenselect ----
+
+TOKENS = {"top_k": 9, "n_local": 12, "n_init": 4, "threshold": 2.0}
+
+
+def naive_votes(q, k, patch):
+    """Votes for each of k [Hkv, n, D] by q [Hq, D], -inf where none are taken."""
+    n, heads, votes = k.shape[1], len(q), [float("-inf")] * k.shape[1]
+    between = range(patch.n_init, n - patch.n_local)
+    logits = [[float(q[h] @ k[h * len(k) // heads, t]) for t in between] for h in range(heads)]
+    for i, t in enumerate(between):
+        if patch.selection == "soft_vote":
+            votes[t] = sum(float(torch.softmax(torch.tensor(row), -1)[i]) for row in logits)
+        elif patch.selection == "logit_sum":
+            votes[t] = sum(row[i] for row in logits)
+        else:
+            votes[t] = sum(i in best(row, patch.top_k) for row in logits)
+    half = patch.pool_kernel // 2
+    return [max(votes[max(0, t - half) : t + half + 1]) if t in between else float("-inf") for t in range(n)]
+
+
+def naive_tokenselect(q, k, patch):
+    n = k.shape[1]
+    votes = naive_votes(q, k, patch)
+    taken = {t for t in best(votes, patch.top_k) if votes[t] > float("-inf")}
+    return taken | set(range(min(n, patch.n_init))) | set(range(max(0, n - patch.n_local), n))
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"pool_kernel": 5}, {"selection": "head_vote"}, {"selection": "logit_sum"}, {"n_init": 0}, {"top_k": 30},
+    {"n_local": 1}, {"top_k": 90},
+], ids=lambda c: "+".join(f"{k}={v}" for k, v in c.items()) or "plain")  # fmt: skip
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (8, 1)])
+def test_tokenselect_equals_the_specification(change, heads, kv_heads):
+    patch, layer = TokenSelect(**{**TOKENS, **change}), Layer(heads=heads, kv_heads=kv_heads, batch=3)
+    for step in range(3):
+        ends = [70 + step, 40 + step, 9 + step]
+        found = layer.attended(patch, ends)
+        for b, n in enumerate(ends):
+            assert found[b] == [naive_tokenselect(layer.q[b, :, n - 1], layer.k[b, :, :n], patch)] * heads, (b, step)
+
+
+def test_tokenselect_votes():
+    layer, patch = Layer(), TokenSelect(**TOKENS)
+    q, kv, ctx = layer.call([80])
+    votes = patch.votes(q, kv, torch.tensor([80]))
+    assert (votes > float("-inf")).sum() == 80 - 4 - 12
+    torch.testing.assert_close(votes[votes > 0].sum(), torch.tensor(4.0))
+    few, more = (layer.attended(TokenSelect(**{**TOKENS, "top_k": k}), [80])[0][0] for k in (5, 9))
+    assert len(few) == 21 and few < more
+
+
+@pytest.mark.parametrize("threshold", [-1.01, 0.3, 1.01])
+def test_tokenselect_takes_tokens_again(threshold):
+    """A vote is held where the query is unlike that of the last vote, row by row; a turn votes anew."""
+    patch, layer = TokenSelect(**{**TOKENS, "threshold": threshold}), Layer(batch=2)
+    flat = turned(layer.q, -torch.arange(100)[None]).transpose(1, 2).flatten(2)  # [B, T, Hq * D]
+    last, voted, hits, before = [None] * 2, [None] * 2, 0, None
+    for ends in [[n, n - 20] for n in (60, *range(61, 75), 80, *range(81, 90))]:
+        found = layer.attended(patch, ends)
+        for b, n in enumerate(ends):
+            like = before is not None and ends[0] - before == 1
+            like = like and torch.cosine_similarity(flat[b, n - 1], flat[b, last[b]], 0) >= threshold
+            if not like:
+                last[b], votes = n - 1, naive_votes(layer.q[b, :, n - 1], layer.k[b, :, :n], patch)
+                voted[b] = set(best(votes, patch.top_k))
+            hits += bool(like)
+            assert found[b][0] == voted[b] | set(range(4)) | set(range(n - 12, n)), (b, n)
+        before = ends[0]
+    assert {-1.01: hits == 46, 0.3: 0 < hits < 46, 1.01: hits == 0}[threshold]
+
+
 # ---- what they share ----
 
 SMALL = {
     "quest": {**QUEST, "budget": 24},
     "recycled": {"budget": 20, "min_budget": 1, "stride": 4, "threshold": 0.5},
     "hip": {**HIP, "block_size_q": 16, "refresh": 3},
+    "tokenselect": {**TOKENS, "threshold": 0.8},
 }
-ALL = {"quest": {"budget": 1000}, "recycled": {"budget": 1000}, "hip": {"mask_k": 1000, "dense_layers": 0}}
+ALL = {"quest": {"budget": 1000}, "recycled": {"budget": 1000}, "hip": {"mask_k": 1000, "dense_layers": 0},
+       "tokenselect": {}}  # fmt: skip
 
 
 def prompt(batch=1, length=60, seed=3):
@@ -453,7 +528,7 @@ def test_sparse_in_every_family_and_padded_rows_alone(name, patch):
     assert torch.equal(generate(model, ids, attention_mask=mask)[1], logits)
 
 
-@pytest.mark.parametrize("patch", ["quest", "recycled"])
+@pytest.mark.parametrize("patch", ["quest", "recycled", "tokenselect"])
 def test_chunked_prefill_changes_nothing(patch):
     model = tiny("llama")
     with attnpatch.patched(model, patch, **SMALL[patch]):
@@ -552,9 +627,10 @@ def test_crop_then_continue(patch):
             close(torch.cat(after), torch.cat(before[3:]))
 
 
-def test_a_row_may_pause_while_others_go_on():
+@pytest.mark.parametrize("patch", ["quest", "tokenselect"])
+def test_a_row_may_pause_while_others_go_on(patch):
     model, ids, more = tiny("llama"), prompt(2), prompt(2, 6, seed=8)
-    with attnpatch.patched(model, "quest", **SMALL["quest"]), torch.no_grad():
+    with attnpatch.patched(model, patch, **SMALL[patch]), torch.no_grad():
         cache, alone = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
         mask = torch.ones_like(ids)
         model(ids, attention_mask=mask, **{CACHE: cache})
@@ -572,7 +648,7 @@ def test_composition():
     flex = {"gamma": 0.6, "min_budget": 32, "block_size": 16}
     with attnpatch.patched(model, "flexprefill", **flex):
         wanted = generate(model, ids)[1]
-    for patch in ("quest", "recycled"):
+    for patch in ("quest", "recycled", "tokenselect"):
         with attnpatch.patched(model, f"flexprefill+{patch}", flexprefill=flex, **{patch: SMALL[patch]}):
             got = generate(model, ids)[1]
         close(got[0], wanted[0])
@@ -598,6 +674,9 @@ def test_composition():
     ("recycled", {"min_budget": 0}, "min_budget=0 is too small"),
     ("recycled", {"kernel_size": 4}, "kernel_size=4 is even"),
     ("recycled", {"kernel_size": 0}, "kernel_size=0 is too small"),
+    ("tokenselect", {"top_k": 0}, "top_k=0 is too small; it must be at least 1"),
+    ("tokenselect", {"pool_kernel": 2}, "pool_kernel=2 is even"),
+    ("tokenselect", {"selection": "max"}, "choose one of 'soft_vote', 'head_vote', 'logit_sum'"),
     ("hip", {"refresh": 0}, "refresh=0 is too small; it must be at least 1"),
     ("hip", {"decode": 1}, "decode=1 has the wrong type; expected bool"),
 ], ids=lambda x: "+".join(x) if isinstance(x, dict) else "")  # fmt: skip
@@ -608,6 +687,7 @@ def test_refusals(patch, change, message):
 
 @pytest.mark.parametrize("patch", [
     Quest(**QUEST), RefreshKV(**RECYCLED), RefreshKV(**{**RECYCLED, "schedule": "qc"}), HiP(**HIP),
+    TokenSelect(**{**TOKENS, "threshold": 0.9}),
 ], ids=lambda p: p.name)  # fmt: skip
 def test_no_host_wait(patch, monkeypatch):
     layer = Layer(batch=2)
@@ -635,7 +715,8 @@ def interpreted():
     mend_interpreter()
     row_lists._decide = lambda call, forced: ("triton", "compared")
     qc = {"schedule": "qc", "stride": 3, "threshold": 0.1}
-    for patch in (Quest(**QUEST), RefreshKV(**RECYCLED), RefreshKV(**{**RECYCLED, **qc}), HiP(**{**HIP, "refresh": 3})):
+    for patch in (Quest(**QUEST), RefreshKV(**RECYCLED), RefreshKV(**{**RECYCLED, **qc}), HiP(**{**HIP, "refresh": 3}),
+                  TokenSelect(**TOKENS)):  # fmt: skip
         layer = Layer(batch=2, dim=16)
         layer.attended(patch, [60, 60], "prompt")
         for n in range(61, 70):

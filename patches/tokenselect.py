@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TokenSelect(Patch):
     """TokenSelect (arXiv 2411.02886; pzs19/TokenSelect), its decoding. The prefill is dense, the cache complete.
 
-    Each step attends the first `n_init` tokens, the last `n_local`, and `top_k` between, shared by all heads of a layer:
+    Each step attends the first `n_init` tokens, the last `n_local`, and `top_k` between, the same for all heads:
     every head spreads one vote over them by the softmax of its unscaled q . k. A step whose query has a cosine of
     `threshold` or more to that of the last vote takes its tokens again (all heads as one vector, before rotation).
     Not the paper's: positions are the true ones in scores and attention, so no length is gained beyond the trained one;
@@ -68,7 +68,10 @@ class TokenSelect(Patch):
         kv.plain["tokens_slots"] = kv.S
         if self.needs_rope:
             idle = ctx.q_pos < 0  # [B, 1]: rows without a token in this step
-            new["tokens_query"] = ctx.turn(q.float(), -ctx.q_pos).flatten(1).masked_fill(idle, 0.0)  # [B, Hq * D]
+            # NaN is like nothing: where there was no token, the next one votes
+            new["tokens_query"] = (
+                ctx.turn(q.float(), -ctx.q_pos).flatten(1).masked_fill(idle, float("nan"))
+            )  # [B, Hq * D]
             if known:
                 like = cosine_similarity(new["tokens_query"], kv.rows["tokens_query"], dim=-1) >= self.threshold
                 old = like[:, None] | idle

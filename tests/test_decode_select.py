@@ -384,6 +384,15 @@ def test_hip_searches_again_after_a_turn_a_crop_and_a_dense_start():
     assert layer.plain["hip_age"] == 0
 
 
+def test_hip_row_that_pauses_keeps_its_list():
+    hip, layer = HiP(**{**HIP, "refresh": 2}), Layer(tokens=120, batch=2)
+    found = layer.attended(hip, [70, 60])[1]
+    assert layer.attended(hip, [71, 60], paused=[1])[1] == [set()] * 4
+    layer.attended(hip, [72, 60], paused=[1])  # a search
+    assert layer.plain["hip_age"] == 0
+    assert layer.attended(hip, [73, 61])[1] == [keys | {60} for keys in found]
+
+
 # ---- tokenselect ----
 
 TOKENS = {"top_k": 9, "n_local": 12, "n_init": 4, "threshold": 2.0}
@@ -627,15 +636,17 @@ def test_crop_then_continue(patch):
             close(torch.cat(after), torch.cat(before[3:]))
 
 
+@pytest.mark.parametrize("change", [{}, {"threshold": -1.01}], ids=["votes", "holds"])
 @pytest.mark.parametrize("patch", ["quest", "tokenselect"])
-def test_a_row_may_pause_while_others_go_on(patch):
+def test_a_row_may_pause_while_others_go_on(patch, change):
     model, ids, more = tiny("llama"), prompt(2), prompt(2, 6, seed=8)
-    with attnpatch.patched(model, patch, **SMALL[patch]), torch.no_grad():
+    hyper = {**SMALL[patch], **(change if patch == "tokenselect" else {})}
+    with attnpatch.patched(model, patch, **hyper), torch.no_grad():
         cache, alone = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
         mask = torch.ones_like(ids)
         model(ids, attention_mask=mask, **{CACHE: cache})
         model(ids[1:], **{CACHE: alone})
-        for step, real in enumerate((1, 0, 0, 1, 0, 1)):
+        for step, real in enumerate((0, 1, 0, 0, 1, 1)):
             mask = torch.cat([mask, torch.tensor([[1], [real]])], 1)
             pos, token = (mask.cumsum(-1) - 1)[:, -1:], more[:, step : step + 1]
             got = model(token, attention_mask=mask, position_ids=pos, **{CACHE: cache}).logits

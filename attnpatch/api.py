@@ -101,7 +101,7 @@ def patch_model(
     decoder, facts = inspect_model(base)
     if decoder.config._attn_implementation == NAME:
         raise PatchStateError("this model shares its config object with a patched one; load it with its own config.")
-    rope = Rope(decoder) if any(p.repositions for p in patches) else None
+    rope = Rope(decoder) if any(p.needs_rope for p in patches) else None
     plan = Plan(patches, facts, resolve_layers(layers, facts), decoder.config, rope)
     Handle(base, decoder, plan).install()
     return model

@@ -426,7 +426,8 @@ class PatchCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens (a negative count) in every layer, or raise and leave every layer as it was."""
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if isinstance(layer, PatchLayer):
                 layer.check_crop(tokens_to_remove)
             elif getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.get_max_length():

@@ -71,6 +71,11 @@ class Patch:
         return False
 
     @property
+    def needs_rope(self) -> bool:
+        """Whether a hook turns queries (`ctx.turn`), or the engine does for it."""
+        return self.repositions
+
+    @property
     def query_tail(self) -> int:
         """How many of the last prompt queries the engine must hand to `keep` (0 = none)."""
         return 0
@@ -229,7 +234,10 @@ def _check_chooser(choosers: list[Patch], patches: Sequence[Patch], phase: str) 
                     f"{phase}; combine {chooser.name!r} with a method that scores the last queries (snapkv, pyramidkv)."
                 )
             if phase == "decode" and chooser.needs_complete_kv and "keep" in other.hooks():
-                raise ConfigError(f"{chooser.name!r} needs the full cache in decode, which {other.name!r} evicts.")
+                remedy = f"; set decode=False on {chooser.name!r}." if hasattr(chooser, "decode") else "; name one."
+                raise ConfigError(
+                    f"{chooser.name!r} needs the full cache in decode, which {other.name!r} evicts{remedy}"
+                )
 
 
 def describe(cls: type[Patch]) -> Iterator[tuple[str, str, Any, str]]:

@@ -12,7 +12,8 @@ from attnpatch.errors import PatchStateError
 class LayerStatus:
     """One decoder layer. `positions`: held true positions int32 [B, Hkv, S], -1 = empty slot (None without a cache).
 
-    note: why a selecting method ran dense here. density: share of the causal pages attended in prefill, fp32 [B, H].
+    note: why a selecting method ran dense here. backend: what computed its lists.
+    density: share of the causal pages attended in prefill, fp32 [B, H].
     """
 
     index: int
@@ -26,6 +27,7 @@ class LayerStatus:
     positions: Any = field(default=None, repr=False)
     note: str = ""
     density: Any = field(default=None, repr=False)
+    backend: str = ""
 
     @property
     def choice(self) -> str:
@@ -72,6 +74,7 @@ class Status:
         lines.append(f"layers: {len(self.layers) - len(skipped)} of {len(self.layers)} patched")
         lines += [f"  layer {layer.index} left alone: {layer.reason}" for layer in skipped]
         lines.append(f"backend: {self.backend} ({self.backend_reason})")
+        lines += [f"lists: {text}" for text in dict.fromkeys(layer.backend for layer in self.layers) if text]
         for layer in self.layers:
             if layer.seen:
                 share = layer.bytes_held / max(layer.bytes_dense, 1)

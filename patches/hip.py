@@ -47,13 +47,14 @@ def rounds(region: int, groups: int) -> int:
 @register("hip")
 @dataclass
 class HiP(Patch):
-    """HiP attention (arXiv 2406.09827; DeepAuto-AI/hip-attention v1.1). Sparse prefill; the cache stays complete.
+    """HiP attention (arXiv 2406.09827; DeepAuto-AI/hip-attention v1.1). Sparse prefill and decoding, full cache.
 
     Each block of `block_size_q` queries attends, per query head, `mask_k` keys in blocks of `block_size_k` found by a
     hierarchical search, besides `sink` first keys and each query's own `sliding_window`. Rows with fewer keys than all
     three are dense. Chosen here where the spec leaves it open: raw fp32 scores rank (the code sorts bfloat16 sigmoids);
     ties go to the later block; a block without a sampled row (cut short) samples its last one. A key block that scores
-    low in an early round is lost with all its neighbours: the known limit at 64k and more.
+    low in an early round is lost with all its neighbours: the known limit at 64k and more. A decode step is a block of
+    one query; its lists serve `refresh` steps, while the window keeps its start, so that no key falls between the two.
     """
 
     mask_k: int = option(512, "keys that a query block selects between sink and window", low=1)
@@ -69,11 +70,12 @@ class HiP(Patch):
     block_size_k_after_masking: int = option(
         0, "round selected blocks out to this many keys (a multiple of block_size_k; 0 = do not)", low=0
     )
+    decode: bool = option(True, "sparse decoding too; needs the whole cache. False: decode steps are dense")
+    refresh: int = option(8, "decode steps that share a search; 1 = every step searches", low=1)
 
     title = "HiP attention"
     paper = "arXiv 2406.09827"
     stage = "prefill"
-    phases = frozenset({"prefill"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +93,10 @@ class HiP(Patch):
                 )
 
     @property
+    def phases(self) -> frozenset[str]:
+        return frozenset({"prefill", "decode"} if self.decode else {"prefill"})
+
+    @property
     def groups(self) -> int:
         """Key blocks that a list holds."""
         return -(-self.mask_k // self.block_size_k)
@@ -100,10 +106,12 @@ class HiP(Patch):
         """Keys up to which a query attends to everything."""
         return self.mask_k + self.sliding_window + self.sink
 
-    def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Iterator[Selection] | None:
+    def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection | Iterator[Selection] | None:
         """None (dense), or one Selection a stripe of query rows."""
         if ctx.softcap is not None or ctx.layer < self.dense_layers:
             return None
+        if ctx.event == "step":
+            return None if kv.S <= self.short else self._step(q, kv, ctx)
         slots, bq = kv.k.shape[2], self.block_size_q
         if slots <= max(self.short, self.num_dense_queries):
             return None
@@ -125,6 +133,27 @@ class HiP(Patch):
         stripe = max(1, STRIPE // bq) * bq
         for begin in range(start, end, stripe):
             yield self._stripe(q, kv, ctx, begin, min(begin + stripe, end))
+
+    def _step(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection:
+        """The lists of one new token in each row, from a search at most `refresh` - 1 steps ago."""
+        import torch
+
+        from attnpatch.decisions import Selection
+
+        old, age = kv.rows.get("hip_index"), kv.plain.get("hip_age", 0) + 1
+        known = old is not None and kv.plain["hip_slots"] == kv.S - 1  # no token came without a step
+        if not known or age >= self.refresh:
+            index, count = self.pages(q[:, :, None], ctx.q_pos[:, None], ctx.q_pos + 1, kv.k, kv.S)  # [B, Hq, 1, W]
+            if old is not None and known and kv.holes:  # a row without a token in this step keeps its list
+                none = (ctx.q_pos < 0)[:, None]  # [B, 1, 1]
+                index = torch.where(none[..., None], old, index)
+                count = torch.where(none, kv.rows["hip_count"], count)
+            kv.rows["hip_index"], kv.rows["hip_count"], age = index, count, 0
+        kv.plain["hip_age"], kv.plain["hip_slots"] = age, kv.S
+        return Selection(
+            kv.rows["hip_index"], kv.rows["hip_count"], self.block_size_k_after_masking or self.block_size_k,
+            sink=self.sink, window=self.sliding_window + age,
+        )  # fmt: skip
 
     def _stripe(self, q: Tensor, kv: KV, ctx: Ctx, start: int, stop: int) -> Selection:
         """The lists of the queries at positions start .. stop - 1; only its first block may begin off the grid."""

@@ -323,3 +323,12 @@ def test_demo_short(capsys):
     assert code == 0 and dense["right"] and ours["right"]
     assert ours["bytes_held"] < 0.15 * ours["bytes_dense"]
     assert "share of dense" in outcome(capsys, "demo", "--length", "1024", "--budget", "0.1")[1]
+
+
+def test_explain_draws_what_was_attended(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "t.png"
+    assert run(["explain", "flexprefill", "--trace", str(picture), "--length", "1100", "--set", "min_budget=128"]) == 0
+    assert picture.stat().st_size > 5000 and "mean share" in capsys.readouterr().out
+    assert run(["explain", "flexprefill", "--trace", str(picture), "--length", "200"]) == 2
+    assert "the method's own choice" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def options(**values):
         (2500, structured, {"strict": True, "tau": 0.0, "b": 64}),
         (1280, structured, {"scaling": 0.4}),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_block_sets_equal_the_specification(n, kind, given):
     q, k, v = kind(n, seed=n + len(given))

@@ -69,7 +69,7 @@ def block_sparse(q, k, top):
         (1027, structured, (200, 100)),
         (400, structured, (1, 1)),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_pairs_equal_the_specification(n, kind, sizes):
     q, k, v = kind(n, 2, 1, seed=n)

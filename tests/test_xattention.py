@@ -69,7 +69,7 @@ def options(tau=0.9, stride=16, b=64, quirk=False):
         (2500, structured, {"tau": 0.9, "quirk": True, "b": 128}),
         (1300, structured, {"tau": 0.9, "b": 32, "scaling": 0.5}),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_block_sets_equal_the_specification(n, kind, given):
     q, k, v = kind(n, seed=n)

@@ -1,8 +1,8 @@
 """What sparse prefill costs and saves: `python -m attnpatch.bench.prefill --out FILE.json [--seconds 150]`.
 
-One layer's attention of a whole prompt, B=1, Hq=32, Hkv=8, D=128, on a structured input (see `structured`): choosing
-alone, choosing and computing, and each dense backend that is usable, in turn in one run. Needs a GPU; `--quick` is a
-dry run on a CPU whose figures mean nothing.
+One layer's attention of a whole prompt on a structured input (see `structured`): choosing alone, choosing and
+computing, and each dense backend that is usable, in turn in one run. On a GPU B=1, Hq=32, Hkv=8, D=128 in bf16 at 8k,
+32k, 128k; on a CPU Hq=8, Hkv=4, D=64 in fp32 at 16k. `--quick` is a dry run whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "minference": {},
     "hip": {"dense_layers": 0},
 }
-FULL, QUICK = (8192, 32768, 131072), (600, 1300)
+FULL, CPU, QUICK = (8192, 32768, 131072), (16384,), (600, 1300)
 
 
 def structured(length: int, heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -80,7 +80,9 @@ def shares(selected: list[Any], length: int) -> float | None:
     return round(total / (length * (length + 1) / 2), 5)
 
 
-def row(length: int, heads: tuple[int, int, int], repeats: int, clock: Clock, dtype: torch.dtype) -> dict[str, Any]:
+def row(
+    length: int, heads: tuple[int, int, int], repeats: int, clock: Clock, dtype: torch.dtype, methods: list[str]
+) -> dict[str, Any]:
     """Times of one length, every method and dense backend in turn, and peak memory."""
     q, k, v = structured(length, heads, clock.device, dtype)
     pos = torch.arange(length, device=clock.device)
@@ -89,7 +91,8 @@ def row(length: int, heads: tuple[int, int, int], repeats: int, clock: Clock, dt
     names = [n for n, usable, _ in dense.backends() if usable and n in ("fa4", "cudnn", "flash")] or ["sdpa"]
     runs: dict[str, Callable[[], Any]] = {f"dense {n}": partial(backend_output, n, q, kv, ctx) for n in names}
     result: dict[str, Any] = {"tokens": length, "dense": names, "methods": {}}
-    for name, options in METHODS.items():
+    for name in methods:
+        options = METHODS[name]
         patch = resolve(name, **options)[0]
         try:
             selected = terms(patch, q, kv, ctx)
@@ -105,7 +108,8 @@ def row(length: int, heads: tuple[int, int, int], repeats: int, clock: Clock, dt
         runs |= {
             f"{name} choosing": partial(terms, patch, q, kv, ctx), f"{name} total": partial(computed, patch, q, kv, ctx)
         }  # fmt: skip
-    runs |= scoring(q, kv, ctx)
+    if clock.device.type == "cuda" or length < 4096:
+        runs |= scoring(q, kv, ctx)
     result["times"] = interleave(runs, repeats, clock)
     best = min((f"dense {n}" for n in names), key=lambda n: result["times"][n]["median_ms"])
     result["fastest_dense"] = best
@@ -133,24 +137,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="short prompts: every line runs, no figure means anything")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=150, help="measuring stops adding repeats after this long")
-    parser.add_argument("--lengths", type=int, nargs="*", help="prompt lengths; default 8k, 32k, 128k")
+    parser.add_argument("--lengths", type=int, nargs="*", help="prompt lengths")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--commit", help="commit to record where git cannot tell")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    if device.type != "cuda" and not args.quick:
-        parser.error("these shapes need a GPU; on a CPU give --quick")
+    gpu = device.type == "cuda"
     clock, started = Clock(device, args.seconds), time.monotonic()
-    heads = (4, 2, 32) if args.quick else (32, 8, 128)
-    dtype = torch.float32 if args.quick else torch.bfloat16
+    heads = (4, 2, 32) if args.quick else (32, 8, 128) if gpu else (8, 4, 64)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     body: dict[str, Any] = {
         **environment(device, args.commit),
         "what": f"one layer's attention, B=1, Hq={heads[0]}, Hkv={heads[1]}, D={heads[2]}, structured input",
+        "threads": torch.get_num_threads(),
         "quick": args.quick,
         "dtype": str(dtype).removeprefix("torch."),
         "rows": [],
     }
-    for length in args.lengths or (QUICK if args.quick else FULL):
-        body["rows"].append(row(length, heads, 2 if args.quick else 9, clock, dtype))
+    for length in args.lengths or (QUICK if args.quick else FULL if gpu else CPU):
+        body["rows"].append(row(length, heads, 2 if args.quick else args.repeats, clock, dtype, args.methods))
         body["seconds"] = round(time.monotonic() - started, 2)
         args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
         print(length, json.dumps(body["rows"][-1]["over_dense"]), flush=True)

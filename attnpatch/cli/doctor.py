@@ -55,9 +55,12 @@ def collect() -> dict[str, Any]:
         p = torch.cuda.get_device_properties(i)
         data["gpus"].append({"name": p.name, "memory": p.total_memory, "capability": f"{p.major}.{p.minor}"})
     if data["transformers"] is not None:
-        from attnpatch.executors.dense import backends
+        from attnpatch.executors import dense, pages
 
-        data["backends"] = [{"name": n, "usable": bool(u), "reason": r} for n, u, r in backends()]
+        for executor, module in (("dense", dense), ("pages", pages)):
+            data["backends"] += [
+                {"executor": executor, "name": n, "usable": bool(u), "reason": r} for n, u, r in module.backends()
+            ]
     return data
 
 
@@ -95,7 +98,7 @@ def _print(data: dict[str, Any]) -> None:
         typer.echo("GPU           none that torch can use")
     typer.echo("\nattention backends:")
     for b in data["backends"]:
-        typer.echo(f"  {b['name']:<14} {'usable' if b['usable'] else 'not usable: ' + b['reason']}")
+        typer.echo(f"  {b['executor']:<6} {b['name']:<7} {'usable' if b['usable'] else 'not usable: ' + b['reason']}")
     for problem in data["problems"]:
         typer.echo(f"problem: {problem}")
     if not data["problems"]:

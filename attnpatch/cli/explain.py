@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from attnpatch.cli._common import JsonOption, print_columns, print_json
+from attnpatch.cli._common import JsonOption, SetOption, load_model, print_columns, print_json, required_recipe
+from attnpatch.errors import ConfigError, VersionError
 
 
 def explain(
     patch: Annotated[str, typer.Argument(help="A method's name.")],
     as_json: JsonOption = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write a picture: the share of pages each layer and head attended. PNG, SVG, PDF."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="For --trace: local folder, hub id or 'testbed'.")] = "testbed",
+    length: Annotated[int, typer.Option(help="For --trace: tokens of the traced prompt.", min=2)] = 4096,
+    settings: SetOption = None,
 ) -> None:
-    """Show what a method does, its paper and its hyperparameters."""
+    """Show what a method does, its paper and its hyperparameters; with --trace, a picture of what it attends."""
     from dataclasses import fields
+
+    if trace is not None:
+        return draw(patch, trace, model, length, settings)
 
     from attnpatch.patch import describe, get_patch
 
@@ -45,3 +57,44 @@ def _text(value: Any) -> str:
 
 def _help(text: str, choices: Any) -> str:
     return f"{text} ({' | '.join(map(str, choices))})" if choices else text
+
+
+def draw(patch: str, path: Path, name: str, length: int, settings: Any) -> None:
+    """Run one needle prompt under `patch` and write the heat map layers x query heads of the pages attended."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise VersionError("--trace needs matplotlib; run: python -m pip install 'attnpatch[notebooks]'.") from error
+    matplotlib.use("Agg")
+    import torch
+    from matplotlib import pyplot
+
+    from attnpatch import PatchCache, patched, status
+    from attnpatch.engine.compat import cache_name
+    from attnpatch.testbed import tasks
+
+    patches = required_recipe(patch, None, settings).build()
+    model, tokenizer = load_model(name, None, None)
+    ids = torch.tensor([tasks.make("needle", length, seed=0, tokenizer=tokenizer).prompt_ids])
+    with patched(model, patches), torch.inference_mode():
+        cache = PatchCache(model)
+        model(ids.to(model.device), **{cache_name(): cache})
+        layers = status(model).layers
+    heads = max((layer.density.shape[1] for layer in layers if layer.density is not None), default=0)
+    if not heads:
+        notes = {layer.note or layer.reason or "no lists of pages" for layer in layers}
+        raise ConfigError(
+            f"{patch} attended no listed pages in {ids.shape[1]} tokens ({'; '.join(notes)}); try --length."
+        )
+    rows = [[float("nan")] * heads if x.density is None else _spread(x.density[0].tolist(), heads) for x in layers]
+    figure, axes = pyplot.subplots(figsize=(2 + heads * 0.35, 1.5 + len(layers) * 0.35), layout="constrained")
+    image = axes.imshow(rows, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set(xlabel="query head", ylabel="layer", title=f"{patch}: share of pages attended, {ids.shape[1]} tokens")
+    figure.colorbar(image, label="share of causal pages (blank: dense)")
+    figure.savefig(path, dpi=120)
+    typer.echo(f"{path}: mean share {torch.tensor(rows).nanmean():.1%}")
+
+
+def _spread(row: list[float], heads: int) -> list[float]:
+    """Lists shared by several query heads stand for each of them."""
+    return [x for x in row for _ in range(heads // len(row))]

@@ -141,6 +141,8 @@ def _patched(
     observers = plan.observers if ordinal is not None else ()
     custom = _custom_mask(call, layer, order, q, keeper)
     ctx = _ctx(call, ordinal or 0, len(plan.covered), q_pos, scaling, softcap, None, custom)
+    if plan.rope is not None:
+        ctx.turn = lambda x, by: plan.rope.turn(x, index, by)
     want_lse = bool(observers) and plan.needs_lse
     selector = plan.selectors.get(call.phase) if ordinal is not None else None
     if selector is None:

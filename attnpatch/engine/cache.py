@@ -53,6 +53,7 @@ class PatchLayer(DynamicLayer):
         self.rows: dict[str, Tensor] = {}  # [B, ...] follows rows only; gone after a crop
         self.plain: dict[str, Any] = {}
         self.note = ""  # why the last call ran dense under a selecting method
+        self.backend = ""  # what computed its lists
         self.pages: Any = None  # pages attended so far, fp32 [B, H]; of `grid` causal ones
         self.grid = 0
         self.tail: tuple[Tensor, Tensor] | None = None  # earlier chunks' last queries and their positions
@@ -350,6 +351,7 @@ class LayerSummary:
     positions: Tensor | None = None
     note: str = ""
     density: Tensor | None = None
+    backend: str = ""
 
 
 def summarise(layer: Any) -> LayerSummary:
@@ -363,7 +365,9 @@ def summarise(layer: Any) -> LayerSummary:
         return LayerSummary(seen, keys.shape[2], keys.shape[2] * slot, keys.shape[2] * slot)
     positions = layer.pos.expand(-1, keys.shape[1], -1)
     density = None if layer.pages is None else layer.pages / layer.grid
-    return LayerSummary(seen, layer.held, layer.bytes_held(), seen * slot, positions, layer.note, density)
+    return LayerSummary(
+        seen, layer.held, layer.bytes_held(), seen * slot, positions, layer.note, density, layer.backend
+    )
 
 
 def _own(x: Tensor) -> Tensor:

@@ -106,6 +106,7 @@ class Ctx:
     tail: Tensor | None = None  # [B, Hq, w, D] last prompt queries
     tail_pos: Tensor | None = None  # [B, w], -1 = absent
     lse: Tensor | None = None  # [B, Hq, T]
+    turn: Any = None  # turn(x [B, H, T, D], by [B, T]): x as if `by` positions further on; for `needs_rope`
     ragged: bool = True  # rows may hold different numbers of tokens (padding)
     bytes_per_token: float | None = None
     untouched: tuple[bool, ...] = ()  # rows that keep all they hold, whatever the budget

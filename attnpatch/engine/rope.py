@@ -31,14 +31,14 @@ class Rope:
         if attentions and (self.module is None or self.apply is None):
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} has no rotary embedding that attnpatch knows, so tokens cannot be "
-                "re-numbered; use positions='original'."
+                "re-numbered; use positions='original' (streamingllm) or schedule='fixed' (recycled)."
             )
         kinds = getattr(self.module, "rope_type", "default")
         kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
         if moving := kinds & set(_MOVING):
             raise UnsupportedModelError(
                 f"rope type {sorted(moving)[0]!r} changes its frequencies with the length, so tokens cannot be "
-                "re-numbered; use positions='original'."
+                "re-numbered; use positions='original' (streamingllm) or schedule='fixed' (recycled)."
             )
         by_layer = attentions and "layer_type" in signature(module.forward).parameters
         self.types = list(decoder.config.layer_types) if by_layer else None
@@ -47,7 +47,7 @@ class Rope:
         except (AttributeError, RuntimeError, TypeError) as error:
             raise UnsupportedModelError(
                 f"the rotary embedding of {type(decoder).__name__} is of a form that attnpatch does not know, so "
-                "tokens cannot be re-numbered; use positions='original'."
+                "tokens cannot be re-numbered; use positions='original' (streamingllm) or schedule='fixed' (recycled)."
             ) from error
 
     def _depends_on_positions(self, decoder: Any, attention: Any, layer: int) -> bool:

@@ -34,6 +34,8 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         query = q if term.at is None else _turned(call, index, q, term, ctx)
         total.add(term.rows, *dispatch.run(query, kv, term, ctx, total.want_lse))
         layer.record(term, q.shape[2], kv.k.shape[2])
+        if not layer.backend and (term.index is not None or term.columns is not None):
+            layer.backend = dispatch.explain(q, kv, term, ctx)
     return total.result()
 
 

@@ -30,3 +30,10 @@ def run(
         raise InputError("Selection.skip goes with sink and window; lists leave keys out by not naming them.")
     module = import_module(f"attnpatch.executors.{executor(selection, q.shape[2])}")
     return module.run(q, kv, selection, ctx, want_lse)
+
+
+def explain(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> str:
+    """Executor, backend and the reason for it, in words, for a Selection with lists."""
+    name = executor(selection, q.shape[2])
+    backend, reason = import_module(f"attnpatch.executors.{name}").choose(q, kv, selection, ctx)
+    return f"{name} by {backend} ({reason})"

@@ -8,6 +8,7 @@ import torch
 
 from attnpatch.errors import ConfigError
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
+from attnpatch.executors.lists import best
 from attnpatch.executors.row_lists import has_triton, take
 
 REPRESENTATIVES = ("center", "first", "last")
@@ -32,14 +33,6 @@ def _scores(samples: torch.Tensor, k: torch.Tensor, limit: torch.Tensor, slot: t
     return dots.amax(3).unflatten(-1, (-1, per)).amax(-1).float()
 
 
-def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Ascending indices [..., count] of the highest scores fp32 [..., M]; ties go to the later."""
-    bits = scores.view(torch.int32)
-    # score and place in one integer that orders as the pair does
-    key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | torch.arange(scores.shape[-1], device=scores.device)
-    return (key.topk(count, dim=-1, sorted=False).values & 0xFFFFFFFF).sort(dim=-1).values
-
-
 def _run_torch(
     samples: torch.Tensor, k: torch.Tensor, limit: torch.Tensor, start: torch.Tensor, size: torch.Tensor,
     origin: int, block: int, stride: int, representative: str,
@@ -55,7 +48,7 @@ def _run_torch(
         at = {"center": length // 2, "first": torch.zeros_like(length), "last": (length - 1).clamp(min=0)}
         slot = origin + (child + at[representative])[..., None] * block + offset
         scores = _scores(samples[:, :, part], k, limit[:, part], slot.flatten(-2).long(), offset.shape[0])
-        kept = _best(scores.masked_fill(length == 0, float("-inf")), groups)
+        kept = best(scores.masked_fill(length == 0, float("-inf")), groups)
         starts.append(child.gather(-1, kept))
         sizes.append(length.gather(-1, kept))
     return torch.cat(starts, dim=2), torch.cat(sizes, dim=2)

@@ -51,6 +51,19 @@ def one_list(selection: Any, which: int, end: int) -> Any:
     )
 
 
+def ranked(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices int64 [..., count] of the highest scores fp32 [..., n >= count], best first; ties: the later first."""
+    bits = scores.float().view(torch.int32)
+    # score and place in one integer that orders as the pair does
+    key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | torch.arange(scores.shape[-1], device=scores.device)
+    return key.topk(count, dim=-1).values & 0xFFFFFFFF
+
+
+def best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Ascending indices int64 [..., count] of the highest scores fp32 [..., n >= count]; ties go to the later."""
+    return ranked(scores, count).sort(dim=-1).values
+
+
 def _descending(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values fp32 [..., n] from the best, and their indices; of equal ones the later index first."""
     values, order = scores.float().flip(-1).sort(dim=-1, descending=True, stable=True)

@@ -152,6 +152,27 @@ def antidiagonal(
     return probs.unflatten(3, (-1, tile)).unflatten(2, (-1, tile)).sum((3, 5))[:, :, first:]
 
 
+def page_bounds(q: torch.Tensor, k: torch.Tensor, page: int, filled: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum over channels of max(q_c m_c, q_c M_c) of each page [B, Hq, n], -inf where no slot of a page is filled.
+
+    q: [B, Hq, 1, D]; k: [B, Hkv, S, D]; m, M: least and largest key of the page; filled: bool [B, 1|Hkv, S].
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    pages, group = -(-k.shape[2] // page), q.shape[1] // k.shape[1]
+    out = torch.full((*q.shape[:2], pages), float("-inf"), dtype=dtype)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for j in range(pages):
+                part = slice(j * page, (j + 1) * page)
+                keys = k[b, h // group, part]
+                if filled is not None:
+                    keys = keys[filled.expand(-1, k.shape[1], -1)[b, h // group, part]]
+                if len(keys):
+                    ends = torch.stack([keys.amin(0), keys.amax(0)]).to(dtype)
+                    out[b, h, j] = (q[b, h, 0].to(dtype) * ends).amax(0).sum()
+    return out
+
+
 def pack(chosen: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """bool [B, H, R, n] -> index int32 [B, H, R, width] (the last `width` chosen, ascending, then 0), count int32."""
     rows = [row.nonzero().flatten()[-width:] if width else row[:0] for row in chosen.flatten(0, 2)]

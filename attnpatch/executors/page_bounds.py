@@ -1,0 +1,64 @@
+"""Upper bounds of q . k over pages of keys, from the smallest and the largest key of a page in each channel.
+
+Quest (arXiv 2406.10774, section 3): of every page and channel c the minimum m and maximum M are kept, and a query
+scores a page by sum_c max(q_c m_c, q_c M_c). That is one product of [min(q, 0) | max(q, 0)] and [m | M].
+Bounds are [B, Hkv, n, 2D] in the keys' dtype: m before M; a page without a key holds +inf and -inf.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnpatch.executors.column_sums import matmul, operand
+
+
+@torch.no_grad()
+def summarise(k: torch.Tensor, page: int, filled: torch.Tensor | None = None) -> torch.Tensor:
+    """Bounds [B, Hkv, ceil(S / page), 2D] of k [B, Hkv, S, D]; filled: bool [B, 1|Hkv, S], None = all slots."""
+    inf, whole = float("inf"), k.shape[2] // page * page
+    low = k if filled is None else k.masked_fill(~filled[..., None], inf)
+    high = k if filled is None else k.masked_fill(~filled[..., None], -inf)
+    parts = []  # in pieces, so that k is never copied
+    for a, z, size in ((0, whole, page), (whole, k.shape[2], k.shape[2] - whole)):
+        if z > a:
+            smallest = low[:, :, a:z].unflatten(2, (-1, size)).amin(3)
+            parts.append(torch.cat([smallest, high[:, :, a:z].unflatten(2, (-1, size)).amax(3)], dim=-1))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def widened(bounds: torch.Tensor, pages: int) -> torch.Tensor:
+    """Bounds of `pages` pages: those given, then empty ones. Not copied where nothing is added."""
+    batch, heads, n, dim = bounds.shape
+    if n == pages:
+        return bounds
+    empty = bounds.new_full((batch, heads, pages - n, dim), float("inf"))
+    empty[..., dim // 2 :] = float("-inf")
+    return torch.cat([bounds, empty], dim=2)
+
+
+@torch.no_grad()
+def add(bounds: torch.Tensor, k: torch.Tensor, page: int, slot: torch.Tensor) -> None:
+    """Take the key at `slot` of each row into its page's bounds, in place; slot: int [B], -1 = no key for the row."""
+    at = slot.clamp(min=0).long()[:, None, None, None].expand(-1, k.shape[1], -1, -1)  # [B, Hkv, 1, 1]
+    key = k.gather(2, at.expand(-1, -1, -1, k.shape[3]))
+    at = (at // page).expand(-1, -1, -1, bounds.shape[3])
+    old = bounds.gather(2, at)
+    low, high = old.chunk(2, dim=-1)
+    new = torch.cat([torch.minimum(low, key), torch.maximum(high, key)], dim=-1)
+    bounds.scatter_(2, at, torch.where((slot < 0)[:, None, None, None], old, new))
+
+
+@torch.no_grad()
+def scores(q: torch.Tensor, bounds: torch.Tensor, page: int, end: torch.Tensor | None = None) -> torch.Tensor:
+    """Upper bound of q . k in each page, fp32 (fp64 for fp64) [B, Hq, n]: no scale, no cap, since both keep the order.
+
+    q: [B, Hq, 1, D]; bounds: [B, Hkv, n, 2D]. end: int [B], keys of each row; pages from there on score -inf. None =
+    every page holds a key.
+    """
+    rows = q.reshape(q.shape[0], bounds.shape[1], -1, q.shape[3])  # [B, Hkv, G, D]
+    rows = torch.cat([rows.clamp(max=0), rows.clamp(min=0)], dim=-1)
+    out = matmul(operand(rows), operand(bounds).transpose(-1, -2)).flatten(1, 2)
+    if end is None:
+        return out
+    start = torch.arange(bounds.shape[2], device=q.device) * page
+    return torch.where((start < end[:, None])[:, None], out, float("-inf"))  # also replaces 0 * inf

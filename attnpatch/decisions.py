@@ -50,13 +50,14 @@ class KeepSet:
 
     index: integer [B, H', M], ascending, H' in {1, Hkv}: slots that stay.
     count: integer [B, H'] or None: how many of the M are meant (rows shorter than the budget); None = all M.
-    drop:  integer [B, H', 1]: the slot that the newest entry overwrites, O(1); the layer shrinks by one slot.
-           -1 = none, for rows that hold fewer entries than slots.
+    drop:  integer [B, H', 1]: the slot that the newest entry overwrites, O(1); -1 = none.
+    shrink: with drop, the layer gives a slot up; every row must then drop or have a free slot.
     """
 
     index: torch.Tensor | None = None
     count: torch.Tensor | None = None
     drop: torch.Tensor | None = None
+    shrink: bool = True
 
     def validate(self, batch: int, kv_heads: int, slots: int) -> None:
         """Raise InputError unless shapes, ranges and order fit a layer of [batch, kv_heads, slots]."""
@@ -114,11 +115,13 @@ class KeepSet:
         return cls(index=index, count=None if full else count)
 
     @classmethod
-    def drop_worst(cls, scores: torch.Tensor, pos: torch.Tensor, limit: torch.Tensor) -> KeepSet:
+    def drop_worst(
+        cls, scores: torch.Tensor, pos: torch.Tensor, limit: torch.Tensor, shrink: bool = True
+    ) -> KeepSet:  # fmt: skip
         """One slot to overwrite in each head: the lowest score where a row holds more than `limit[b]`, else none (-1).
 
         scores: fp32 [B, H', S], +inf = protected; pos: int [B, 1|H', S]; limit: int [B]. Ties drop the older token.
-        Never waits for the device; a row within its limit must have a free slot.
+        Never waits for the device. shrink: see the class.
         """
         import torch
 
@@ -129,4 +132,4 @@ class KeepSet:
         worst = valid & (lowest == lowest.amin(-1, keepdim=True))
         far = torch.iinfo(pos.dtype).max
         oldest = torch.where(worst, pos, far).argmin(-1, keepdim=True)
-        return cls(drop=torch.where(over, oldest, -1))
+        return cls(drop=torch.where(over, oldest, -1), shrink=shrink)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from attnpatch.patches.streamingllm import remember_limit
+from attnpatch.patches.streamingllm import drop_one, remember_limit
 
 from attnpatch.errors import ConfigError
 from attnpatch.patch import EvictPatch, option, register
@@ -70,11 +70,10 @@ class H2O(EvictPatch):
         from attnpatch.decisions import KeepSet
 
         if ctx.event == "step":
-            if kv.S <= kv.plain["capacity"]:
+            if kv.S <= kv.plain["capacity"][0]:
                 return None
             recent = kv.pos > kv.pos.amax(-1, keepdim=True) - kv.state["recent"][:, None, None]
-            scores = self.scores(kv).masked_fill(recent, float("inf"))
-            return KeepSet.drop_worst(scores, kv.pos, kv.state["limit"])
+            return drop_one(self.scores(kv).masked_fill(recent, float("inf")), kv)
         import torch
 
         capacity = ctx.capacity(self.budget)

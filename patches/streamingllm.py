@@ -17,11 +17,18 @@ if TYPE_CHECKING:
 
 
 def remember_limit(kv: KV, capacity: tuple[int, ...]) -> None:
-    """Store each row's capacity for the decode steps: on the device by row, and the widest on the host."""
+    """Store each row's capacity for the decode steps: on the device by row, the least and the most on the host."""
     import torch
 
-    kv.plain["capacity"] = max(capacity)
+    kv.plain["capacity"] = min(capacity), max(capacity)
     kv.state["limit"] = torch.tensor(capacity, device=kv.k.device)
+
+
+def drop_one(scores: Tensor, kv: KV) -> KeepSet | None:
+    """At a decode step: one entry of each row that holds more than its limit, the lowest of scores [B, H', S]."""
+    from attnpatch.decisions import KeepSet
+
+    return KeepSet.drop_worst(scores, kv.pos, kv.state["limit"], shrink=kv.S > kv.plain["capacity"][1])
 
 
 @register("streamingllm")
@@ -114,10 +121,10 @@ class StreamingLLM(EvictPatch):
         from attnpatch.decisions import KeepSet
 
         if ctx.event == "step":
-            if kv.S <= kv.plain["capacity"]:
+            if kv.S <= kv.plain["capacity"][0]:
                 return None
             scores = kv.pos.float().masked_fill(kv.pos < self.sink, float("inf"))  # the oldest goes, sinks never
-            return KeepSet.drop_worst(scores, kv.pos, kv.state["limit"])
+            return drop_one(scores, kv)
         room = int(self.evict_decode)  # for the next token
         capacity = tuple(max(self.sink + 1, c - room) for c in ctx.capacity(self.budget))
         remember_limit(kv, capacity)

@@ -744,3 +744,21 @@ def test_generate_on_a_cache_takes_all_turns_or_their_mask(model):
         new = torch.cat([first[:, -1:], more], 1)
         got = greedy(model, new, attention_mask=torch.ones(1, 55).long(), **{CACHE: other})
         assert torch.equal(got[0, -NEW:], expected[0, -NEW:])
+
+
+@pytest.mark.parametrize("patch", ["h2o", "streamingllm"])
+def test_rows_of_different_budgets_evict_each_at_its_own(model, patch):
+    """A ratio gives rows different limits; after a later turn they fill up again, a row that paused less far."""
+    mask = torch.ones(2, 40).long()
+    mask[1, :20] = 0
+    feeds = [(prompt(2), mask, mask[1].bool())]
+    for length, busy in [(1, 1)] * 2 + [(1, 0)] * 15 + [(2, 1)] + [(1, 1)] * 9:
+        mask = torch.cat([mask, torch.ones(2, length).long()], 1)
+        mask[1, -length:] = busy
+        feeds.append((prompt(2, length, seed=mask.shape[1]), mask, mask[1, -length:].bool()))
+    with attnpatch.patched(model, patch, budget=0.4), torch.no_grad():
+        cache, alone = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
+        assert padded_turns(model, cache, alone, feeds) < 5e-5
+        for mine, single in zip(cache.layers, alone.layers, strict=True):
+            held, own = mine.pos[1].sort(-1).values, single.pos[0].sort(-1).values
+            assert torch.equal(held[:, held.shape[1] - own.shape[1] :].expand_as(own), own)

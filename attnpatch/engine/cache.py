@@ -268,7 +268,7 @@ class PatchLayer(DynamicLayer):
         following = self._next if self._pos is not None else self.held if self.count is None else self.count
         turns: Any = turn
         if keep.drop is not None:
-            self._overwrite(keep.drop, pos, following)
+            self._overwrite(keep.drop, keep.shrink, pos, following)
         elif keep.index is not None:
             aligned, lost = self.aligned, keep.index.shape[-1] < self.held
             self._pick(keep.index, None if keep.count is None else keep.count.to(torch.int32), following)
@@ -293,28 +293,32 @@ class PatchLayer(DynamicLayer):
         self._set_pos(pos, following)
         self._spare = None
 
-    def _overwrite(self, drop: Tensor, pos: Tensor, following: Any) -> None:
-        """The newest entry moves into the dropped slot, O(1); the freed slot serves the next append."""
+    def _overwrite(self, drop: Tensor, shrink: bool, pos: Tensor, following: Any) -> None:
+        """The newest entry moves into the dropped slot, O(1); the slot that all rows freed serves the next append."""
         heads, slots = self.keys.shape[1:3]
         if drop.shape[-1] != 1:
             raise InputError("KeepSet drop names one slot of each head; to drop several, give index.")
         drop = drop.expand(-1, heads, -1)  # [B, Hkv, 1]
-        if self.count is None:
+        if self.count is None and shrink:
             newest = torch.full_like(drop, slots - 1)
         else:
-            newest = self.count.expand(-1, heads)[..., None].long() - 1
-            self.count = (newest + (drop < 0))[..., 0].to(torch.int32)
+            count = self._counts().expand(-1, heads)[..., None]
+            self.count = (count - (drop >= 0).to(torch.int32))[..., 0]
+            newest = (count.long() - 1).clamp(min=0)
         drop = torch.where(drop < 0, newest, drop)
         for x in (self.keys, self.values):
             wide = [i[..., None].expand(-1, -1, -1, x.shape[-1]) for i in (drop, newest)]
             x.scatter_(2, wide[0], x.gather(2, wide[1]))
         pos = pos.expand(-1, heads, -1)
-        pos = pos.scatter(-1, drop, pos.gather(-1, newest))[..., : slots - 1]
+        pos = pos.scatter(-1, drop, pos.gather(-1, newest))
+        self._tokens(lambda t: t.scatter(-1, drop[:, : t.shape[1]], t.gather(-1, newest[:, : t.shape[1]])))
+        self._spare = None
+        if shrink:
+            self._spare = (self.keys, self.values)
+            pos, self.keys, self.values = pos[..., :-1], self.keys[:, :, :-1], self.values[:, :, :-1]
+            self._tokens(lambda t: t[..., :-1])
         if self.count is not None:
-            pos = pos.masked_fill(torch.arange(slots - 1, device=pos.device) >= self.count[..., None], -1)
-        self._tokens(lambda t: t.scatter(-1, drop[:, : t.shape[1]], t.gather(-1, newest[:, : t.shape[1]]))[..., :-1])
-        self._spare = (self.keys, self.values)
-        self.keys, self.values = self.keys[:, :, :-1], self.values[:, :, :-1]
+            pos = pos.masked_fill(torch.arange(self.held, device=pos.device) >= self.count[..., None], -1)
         self._zero_free()
         self._set_pos(pos, following)
 

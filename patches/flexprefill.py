@@ -84,7 +84,7 @@ class FlexPrefill(Patch):
 
     def _stripes(self, q: Tensor, kv: KV, ctx: Ctx) -> Iterator[Selection]:
         from attnpatch.decisions import Selection
-        from attnpatch.executors import selecting
+        from attnpatch.executors import lists, selecting
 
         size, start = self.block_size, kv.S - q.shape[2]
         end = selecting.lengths(ctx.q_pos)
@@ -95,14 +95,14 @@ class FlexPrefill(Patch):
             if choice.pairs is not None:
                 chosen |= choice.pairs[:, :, first - start // size : last - start // size, :last]
             chosen = (chosen | short) & selecting.real_pairs(end, size, first, last)
-            index, count = selecting.pack(chosen)
+            index, count = lists.pack(chosen)
             yield Selection(index=index, count=count, page=size, bq=size, rows=rows)
 
     def choose(self, q: Tensor, kv: KV, ctx: Ctx) -> Choice:
         """Spec steps 1-7 of q [B, Hq, T, D], the last T of the S tokens; short rows are not treated apart."""
         import torch
 
-        from attnpatch.executors import line_sums, selecting
+        from attnpatch.executors import line_sums, lists, selecting
 
         size, start = self.block_size, kv.S - q.shape[2]
         end = selecting.lengths(ctx.q_pos)  # keys of each row [B]
@@ -120,8 +120,8 @@ class FlexPrefill(Patch):
         aware = self._query_aware(mean, keys, column_blocks, blocks)
         budgets = [self._budget(x, end, blocks).masked_fill(aware, self.min_blocks) for x in (columns, diagonals)]
         return Choice(
-            selecting.top_k(_first_is_best(column_blocks, blocks), budgets[0]),
-            selecting.top_k(_first_is_best(self._bins(diagonals, end), blocks), budgets[1], later=False),
+            lists.top_k(_first_is_best(column_blocks, blocks), budgets[0]),
+            lists.top_k(_first_is_best(self._bins(diagonals, end), blocks), budgets[1], later=False),
             self._pairs(q, keys, ctx, aware, start) if self.tau > 0 else None,
             aware,
         )
@@ -130,9 +130,9 @@ class FlexPrefill(Patch):
         """Blocks that each head takes of lines [B, Hq, S]: int [B, Hq] (step 3)."""
         import torch
 
-        from attnpatch.executors import selecting
+        from attnpatch.executors import lists
 
-        count = selecting.mass_count(lines, self.gamma, end[:, None]) // (128 if self.strict else self.block_size) + 1
+        count = lists.mass_count(lines, self.gamma, end[:, None]) // (128 if self.strict else self.block_size) + 1
         most = blocks if self.max_budget is None else blocks.clamp(max=-(-self.max_budget // self.block_size))
         return torch.minimum(count.clamp(min=self.min_blocks), most[:, None])
 
@@ -171,7 +171,7 @@ class FlexPrefill(Patch):
         """bool [B, Hq, R, nb]: pooled pairs that hold gamma of the mass of all rows together (step 7)."""
         import torch
 
-        from attnpatch.executors import selecting
+        from attnpatch.executors import lists, selecting
 
         size, end = self.block_size, selecting.lengths(ctx.q_pos)
         means = selecting.pooled(q, size, start=start, end=end if ctx.ragged else None) * ctx.scaling  # [B, Hq, R, D]
@@ -183,7 +183,7 @@ class FlexPrefill(Patch):
             logits = selecting.pair_scores(means[:, h.start * group : h.stop * group], keys[:, h])
             a = torch.softmax(logits.masked_fill(~visible, float("-inf")), dim=-1)
             a = torch.where(visible, a, 0.0).flatten(2)  # also the NaN of rows without queries
-            kept = selecting.top_mass(a, mass[:, None], lag=1 if self.include_crossing else 0)
+            kept = lists.top_mass(a, mass[:, None], lag=1 if self.include_crossing else 0)
             out.append(kept.unflatten(2, visible.shape[2:]) & visible)
         return torch.cat(out, dim=1) & aware[..., None, None]
 

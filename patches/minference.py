@@ -113,24 +113,24 @@ class MInference(Patch):
 
     def _vertical_slash(self, q: Tensor, kv: KV, ctx: Ctx, sizes: list[tuple[int, int]]) -> Iterator[Selection]:
         from attnpatch.decisions import Selection
-        from attnpatch.executors import selecting
+        from attnpatch.executors import lists, selecting
 
         start, end = kv.S - q.shape[2], selecting.lengths(ctx.q_pos)
         columns, distances = self.choose(q, kv, ctx, sizes)
-        index, count = selecting.pack(columns)
+        index, count = lists.pack(columns)
         most = min(kv.S, max(v for v, _ in sizes))
         listed = index[..., :most].masked_fill(_arange(most, q) >= count[..., None], -1)  # [B, Hq, C]
         offsets = _offsets(distances)
         for rows, first, last in selecting.stripes(start, q.shape[2], BLOCK, q.shape[0] * q.shape[1]):
             chosen = selecting.offsets_to_pairs(offsets, first, last) & selecting.real_pairs(end, BLOCK, first, last)
-            pages, meant = selecting.pack(chosen)
+            pages, meant = lists.pack(chosen)
             yield Selection(index=pages, count=meant, page=BLOCK, bq=BLOCK, columns=listed, rows=rows)
 
     def choose(self, q: Tensor, kv: KV, ctx: Ctx, sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """The columns and distances of each head, both bool [B, Hq, S] (spec P1, steps 1-4)."""
         import torch
 
-        from attnpatch.executors import line_sums, selecting
+        from attnpatch.executors import line_sums, lists, selecting
 
         end = selecting.lengths(ctx.q_pos)
         probe, probe_pos = selecting.probe_rows(q, ctx, self.last_q, kv.S - q.shape[2])
@@ -142,7 +142,7 @@ class MInference(Patch):
             scores = scores.masked_fill(at < forced, float("inf"))
             scores = scores.masked_fill((at >= end[:, None])[:, None], float("-inf"))
             k = torch.minimum(wanted[..., which], end[:, None])  # [B, Hq | 1]
-            chosen.append(selecting.top_k(scores, k, later=which == 0))
+            chosen.append(lists.top_k(scores, k, later=which == 0))
         return chosen[0], chosen[1]
 
     def _tri_shape(self, q: Tensor, kv: KV, ctx: Ctx) -> Iterator[Selection]:
@@ -168,7 +168,7 @@ class MInference(Patch):
 
     def _block_sparse(self, q: Tensor, kv: KV, ctx: Ctx) -> Iterator[Selection]:
         from attnpatch.decisions import Selection
-        from attnpatch.executors import selecting
+        from attnpatch.executors import lists, selecting
 
         start, end = kv.S - q.shape[2], selecting.lengths(ctx.q_pos)
         known = end if ctx.ragged else None
@@ -178,7 +178,7 @@ class MInference(Patch):
             part = queries[:, :, first - start // BLOCK : last - start // BLOCK]
             real = selecting.real_pairs(end, BLOCK, first, last)  # [B, 1, R, W]
             scores = selecting.pair_scores(part, keys[:, :, :last]).masked_fill(~real, float("-inf"))
-            index, count = selecting.pack(selecting.top_k(scores, self.top_blocks) & real)
+            index, count = lists.pack(lists.top_k(scores, self.top_blocks))
             width = min(last, self.top_blocks)
             yield Selection(index=index[..., :width].contiguous(), count=count, page=BLOCK, bq=BLOCK, rows=rows)
 

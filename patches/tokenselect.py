@@ -99,7 +99,7 @@ class TokenSelect(Patch):
         if self.selection == "logit_sum":
             votes = logits.sum(1)
         elif self.selection == "head_vote":
-            votes = lists.top_k_pages(logits, self.top_k).sum(1).float()
+            votes = lists.top_k(logits, self.top_k).sum(1).float()
         else:
             votes = torch.softmax(logits, dim=-1).sum(1)
         votes = torch.where(between, votes, float("-inf"))  # also replaces NaN of rows with none

@@ -84,7 +84,7 @@ class XAttention(Patch):
 
     def _stripes(self, q: Tensor, kv: KV, ctx: Ctx, threshold: Tensor | float) -> Iterator[Selection]:
         from attnpatch.decisions import Selection
-        from attnpatch.executors import antidiagonal, selecting
+        from attnpatch.executors import antidiagonal, lists, selecting
 
         size, start = self.block_size, kv.S - q.shape[2]
         end = selecting.lengths(ctx.q_pos)
@@ -97,14 +97,14 @@ class XAttention(Patch):
                 part, keys, start=at, end=end, block=size, stride=self.stride, scaling=ctx.scaling
             )  # [B, Hq, R, W]
             chosen = self._chosen(mass, first, threshold, ctx) & selecting.real_pairs(end, size, first, last)
-            index, count = selecting.pack(chosen)
+            index, count = lists.pack(chosen)
             yield Selection(index=index, count=count, page=size, bq=size, rows=rows)
 
     def _chosen(self, mass: Tensor, first: int, threshold: Tensor | float, ctx: Ctx) -> Tensor:
         """bool [B, Hq, R, W] from the estimated mass; blocks above the diagonal may be among them (spec step 5)."""
         import torch
 
-        from attnpatch.executors import selecting
+        from attnpatch.executors import lists
 
         mass = mass.double()
         i = torch.arange(first, first + mass.shape[2], device=mass.device)[:, None]  # [R, 1]
@@ -115,7 +115,7 @@ class XAttention(Patch):
         def largest(known: Tensor, lag: int) -> Tensor:
             others = mass.masked_fill(known | (j > i), float("-inf"))
             taken = mass.masked_fill(~known, 0.0).sum(-1)
-            return selecting.top_mass(others, required, taken=taken, lag=lag)
+            return lists.top_mass(others, required, taken=taken, lag=lag)
 
         chosen = largest(forced, 1) | forced
         if self.first_chunk_quirk:

@@ -11,7 +11,7 @@ from selections import largest, layer, noise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnpatch.engine.call import KV, Ctx
-from attnpatch.executors import column_sums, line_sums, naive, selecting
+from attnpatch.executors import column_sums, line_sums, lists, naive, selecting
 
 # ---- line sums -----------------------------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ def test_top_k_top_mass_and_counts_equal_loops():
         for h in range(4):
             own, limit = scores[b, h].tolist(), mass[b, h].item()
             for later in (True, False):
-                got = selecting.top_k(scores, k, later)[b, h].nonzero().flatten().tolist()
+                got = lists.top_k(scores, k, later)[b, h].nonzero().flatten().tolist()
                 assert got == sorted(largest(own, int(k[b, h]), later))
             order = largest(own, 17)
             for lag in (0, 1, 2):
@@ -76,18 +76,11 @@ def test_top_k_top_mass_and_counts_equal_loops():
                     total.append(total[-1] + own[i])
                     fits = total[-1] <= limit if lag == 0 else r < lag - 1 or total[r + 1 - lag] < limit
                     taken += [i] if fits else []
-                got = selecting.top_mass(scores, mass, lag=lag)[b, h].nonzero().flatten().tolist()
+                got = lists.top_mass(scores, mass, lag=lag)[b, h].nonzero().flatten().tolist()
                 assert got == sorted(taken)
     n = torch.full((3, 1), 17)
-    assert selecting.mass_count(torch.ones(3, 4, 17), 5.5, n).eq(6).all()
-    assert selecting.mass_count(torch.ones(3, 4, 17), 17.5, n).eq(18).all()
-
-
-def test_pack_lists_ascending_and_left():
-    chosen = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    index, count = selecting.pack(chosen)
-    assert index.tolist() == [[1, 3, 4, 0, 0], [0] * 5, [0, 1, 2, 3, 4]] and count.tolist() == [3, 0, 5]
-    assert index.dtype == count.dtype == torch.int32
+    assert lists.mass_count(torch.ones(3, 4, 17), 5.5, n).eq(6).all()
+    assert lists.mass_count(torch.ones(3, 4, 17), 17.5, n).eq(18).all()
 
 
 class Largest(TorchDispatchMode):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from attnpatch.executors import naive
-from attnpatch.executors.column_sums import rows_per_block
+from attnpatch.executors.column_sums import compute_dtype, rows_per_block
 
 
 def pack(chosen: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Map -> lists: bool [B, H, R, n] -> index int32 [B, H, R, W] ascending, packed left; count int32 [B, H, R].
+    """Map -> lists: bool [..., n] -> index int32 [..., W] ascending, packed left, 0 behind; count int32 [...].
 
     W is n, or `width`, which the caller knows to suffice: a longer list keeps its last `width` pages.
     """
@@ -25,7 +25,7 @@ def pack(chosen: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor, 
     place = torch.where(chosen & (place >= 0), place, width).long()  # the rest goes to a column that is cut off
     index = torch.zeros(*chosen.shape[:-1], width + 1, dtype=torch.int32, device=chosen.device)
     index.scatter_(-1, place, torch.arange(pages, dtype=torch.int32, device=chosen.device).expand_as(place))
-    return index[..., :width], total[..., 0].clamp(max=width)
+    return index[..., :width].contiguous(), total[..., 0].clamp(max=width)
 
 
 def unpack(index: torch.Tensor, count: torch.Tensor | None, pages: int) -> torch.Tensor:
@@ -64,37 +64,60 @@ def best(scores: torch.Tensor, count: int) -> torch.Tensor:
     return ranked(scores, count).sort(dim=-1).values
 
 
-def _descending(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values fp32 [..., n] from the best, and their indices; of equal ones the later index first."""
-    values, order = scores.float().flip(-1).sort(dim=-1, descending=True, stable=True)
+def _descending(scores: torch.Tensor, later: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [..., n] from the best, in fp32 (fp64 for fp64), and their indices; ties: the later (earlier) first."""
+    scores = scores.to(compute_dtype(scores))
+    if not later:
+        return scores.sort(dim=-1, descending=True, stable=True)
+    values, order = scores.flip(-1).sort(dim=-1, descending=True, stable=True)
     return values, scores.shape[-1] - 1 - order
 
 
-def top_k_pages(scores: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
-    """bool [..., n]: the k best of each row of scores [..., n] (in fp32). Ties go to the later index.
+def _map(order: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
+    """bool [..., n]: taken [..., n], which goes by rank, brought to the places order [..., n]."""
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, taken)
 
-    -inf is never taken. k: int, or integer tensor of scores' leading dims (e.g. [B, H] for scores [B, H, R, n]).
+
+def top_k(scores: torch.Tensor, k: int | torch.Tensor, later: bool = True) -> torch.Tensor:
+    """bool [..., n]: the k best of each row of scores [..., n], never -inf. Ties go to the later index, or the earlier.
+
+    k: int, or integer tensor of scores' leading dims ([B, H] for scores [B, H, R, n]); it may exceed n.
     """
-    values, order = _descending(scores)
+    values, order = _descending(scores, later)
     if isinstance(k, torch.Tensor):
         k = k[(...,) + (None,) * (scores.ndim - k.ndim)]
-    taken = (torch.arange(scores.shape[-1], device=scores.device) < k) & (values > float("-inf"))
-    return torch.zeros_like(taken).scatter_(-1, order, taken)
+    return _map(order, (torch.arange(scores.shape[-1], device=scores.device) < k) & (values > float("-inf")))
 
 
-def top_mass(scores: torch.Tensor, mass: float | torch.Tensor) -> torch.Tensor:
-    """bool [..., n]: the fewest best entries whose sum reaches `mass` of the row's, the one that crosses it included.
+def mass_count(scores: torch.Tensor, mass: float, n: torch.Tensor) -> torch.Tensor:
+    """int [...]: how many of the largest of the first n scores hold `mass`, the one that crosses it included.
 
-    scores: [..., n] not negative (summed in fp32), ties go to the later index; mass: share, or tensor of scores'
-    leading dims. Above 1 everything is taken, zeros too.
+    scores: [..., m], 0 from n (int, broadcasts to [...]) on. n + 1 where all together hold no more than `mass`.
+    """
+    total = scores.sort(dim=-1, descending=True).values.cumsum(-1)
+    real = torch.arange(scores.shape[-1], device=scores.device) < n[..., None]
+    return ((total <= mass) & real).sum(-1) + 1
+
+
+def top_mass(
+    scores: torch.Tensor, mass: torch.Tensor, *, taken: torch.Tensor | float = 0.0, lag: int = 1
+) -> torch.Tensor:
+    """bool [..., n]: the largest scores (>= 0), best first, while `taken` plus those before hold less than `mass`.
+
+    mass, taken: [...]. lag 1: the score that crosses `mass` is included. lag 0: it is dropped (while <= mass). lag 2:
+    the test looks one score further back, so that one more is taken, the best always. Ties go to the later index.
+    Scores of -inf come last; whether they are taken is undefined.
     """
     values, order = _descending(scores)
-    if isinstance(mass, torch.Tensor):
-        mass = mass[(...,) + (None,) * (scores.ndim - mass.ndim)]
-    reached = values.cumsum(-1)
-    before = torch.nn.functional.pad(reached[..., :-1], (1, 0))  # mass of the better ones
-    taken = before < mass * reached[..., -1:]
-    return torch.zeros_like(taken).scatter_(-1, order, taken)
+    start = taken[..., None] if isinstance(taken, torch.Tensor) else taken
+    total, limit = values.cumsum(-1) + start, mass[..., None]
+    if lag == 0:
+        kept = total <= limit
+    else:
+        one = torch.zeros_like(values[..., :1])
+        before = torch.cat([*[one - float("inf")] * (lag - 1), one + start, total], dim=-1)[..., : values.shape[-1]]
+        kept = before < limit
+    return _map(order, kept)
 
 
 def density(selection: Any, T: int, S: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""From scores to block sets: probe rows, block means, top k, top mass, packing. Batched, never waits for the device.
+"""What block scores are made from: probe rows, block means, pairs of blocks, stripes. Batched, no host waits.
 
-Scores are [..., n]; budgets are tensors that broadcast to [...], or numbers. Blocks lie at absolute multiples.
+Blocks lie at absolute multiples of their size. `lists` turns scores into lists.
 """
 
 from __future__ import annotations
@@ -77,52 +77,6 @@ def block_sums(x: torch.Tensor, block: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
 
 
-def _ranked(scores: torch.Tensor, later: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores descending and their indices; ties go to the later index, or to the earlier."""
-    if not later:
-        return scores.sort(dim=-1, descending=True, stable=True)
-    values, order = scores.flip(-1).sort(dim=-1, descending=True, stable=True)
-    return values, scores.shape[-1] - 1 - order
-
-
-def top_k(scores: torch.Tensor, k: torch.Tensor | int, later: bool = True) -> torch.Tensor:
-    """bool [..., n]: the k largest. k: int or int [...], may exceed n. Ties go to the later index, or the earlier."""
-    order = _ranked(scores, later)[1]
-    meant = torch.arange(scores.shape[-1], device=scores.device) < (k[..., None] if isinstance(k, torch.Tensor) else k)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, meant.expand_as(scores))
-
-
-def mass_count(scores: torch.Tensor, mass: float, n: torch.Tensor) -> torch.Tensor:
-    """int [...]: how many of the largest of the first n scores hold `mass`, the one that crosses it included.
-
-    scores: [..., m], 0 from n (int, broadcasts to [...]) on. n + 1 where all together hold no more than `mass`.
-    """
-    total = scores.sort(dim=-1, descending=True).values.cumsum(-1)
-    real = torch.arange(scores.shape[-1], device=scores.device) < n[..., None]
-    return ((total <= mass) & real).sum(-1) + 1
-
-
-def top_mass(
-    scores: torch.Tensor, mass: torch.Tensor, *, taken: torch.Tensor | float = 0.0, lag: int = 1
-) -> torch.Tensor:
-    """bool [..., n]: the largest scores (>= 0), best first, while `taken` plus those before hold less than `mass`.
-
-    mass, taken: [...]. lag 1: the score that crosses `mass` is included. lag 0: it is dropped (while <= mass). lag 2:
-    the test looks one score further back, so that one more is taken, the best always. Ties go to the later index.
-    Scores of -inf come last; whether they are taken is undefined.
-    """
-    values, order = _ranked(scores, later=True)
-    start = taken[..., None] if isinstance(taken, torch.Tensor) else taken
-    total, limit = values.cumsum(-1) + start, mass[..., None]
-    if lag == 0:
-        kept = total <= limit
-    else:
-        one = torch.zeros_like(values[..., :1])
-        before = torch.cat([*[one - float("inf")] * (lag - 1), one + start, total], dim=-1)[..., : values.shape[-1]]
-        kept = before < limit
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, kept)
-
-
 def offsets_to_pairs(offsets: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """bool [..., last - first, last]: pair (i, j) is set where offset i - j >= 0 is. offsets: bool [..., n >= last]."""
     i = torch.arange(first, last, device=offsets.device)[:, None]
@@ -155,15 +109,3 @@ def head_slices(heads: int, each: int) -> list[slice]:
     """Slices of `heads` that hold at most MAX_BLOCK elements, `each` a head, at least one head."""
     step = max(1, column_sums.MAX_BLOCK // max(1, each))
     return [slice(h, min(h + step, heads)) for h in range(0, heads, step)]
-
-
-def pack(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool [..., W] -> (index int32 [..., W] ascending, packed left, 0 behind; count int32 [...])."""
-    width = chosen.shape[-1]
-    place = chosen.cumsum(-1)
-    count = place[..., -1]
-    place = torch.where(chosen, place - 1, width)  # the rest lands in one spare entry
-    index = torch.zeros(*chosen.shape[:-1], width + 1, dtype=torch.int32, device=chosen.device)
-    source = torch.arange(width, dtype=torch.int32, device=chosen.device).expand_as(chosen)
-    index.scatter_(-1, place, source)
-    return index[..., :width].contiguous(), count.to(torch.int32)

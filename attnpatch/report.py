@@ -119,7 +119,7 @@ def _backend(model: Any) -> tuple[str, str]:
     q = torch.empty(1, attention.num_key_value_groups, 2, dim, dtype=weight.dtype, device=weight.device)
     kv = KV(q[:, :1], q[:, :1], None)
     softcap = getattr(attention, "attn_logit_softcapping", None)
-    ctx = Ctx(0, 1, "prefill", "prompt", None, (2,), 1.0, softcap)  # type: ignore[arg-type]
+    ctx = Ctx(0, 1, "prefill", "prompt", None, (2,), 1.0, softcap)
     return dense.choose(q, kv, ctx)
 
 

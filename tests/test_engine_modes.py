@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from oracle import CACHE, COMMON, CONFIGS, FULL, output_cache, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig
 
 import attnpatch
@@ -762,3 +763,35 @@ def test_rows_of_different_budgets_evict_each_at_its_own(model, patch):
         for mine, single in zip(cache.layers, alone.layers, strict=True):
             held, own = mine.pos[1].sort(-1).values, single.pos[0].sort(-1).values
             assert torch.equal(held[:, held.shape[1] - own.shape[1] :].expand_as(own), own)
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations whose result the host reads, or whose size depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or any(word in str(func) for word in ("_local_scalar", "nonzero", "masked_select", "unique")):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("patch", sorted(attnpatch.list_patches()))
+def test_decode_steps_never_wait_for_the_device(model, patch, padded):
+    small = {"budget": 24} if "budget" in attnpatch.list_patches()[patch].__dataclass_fields__ else {}
+    small |= {"window_size": 4} if patch in ("snapkv", "pyramidkv", "random") else {}
+    mask = torch.ones(2, 60).long()
+    mask[1, : 20 * padded] = 0
+    with attnpatch.patched(model, patch, **small), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        model(prompt(2, 60), attention_mask=mask, **{CACHE: cache})
+        for step in range(3):
+            mask = torch.cat([mask, torch.ones(2, 1).long()], 1)
+            with Waits() as waits:
+                model(prompt(2, 1, seed=step), attention_mask=mask, position_ids=(mask.cumsum(-1) - 1)[:, -1:],
+                      **{CACHE: cache})  # fmt: skip
+            assert not waits.found

@@ -97,18 +97,8 @@ def _stock(
             q_pos = torch.where(real[:, call.before :], q_pos, -1)
         kv = KV(k, v, pos, holes=call.padding is not None, ordered=True)
     custom = None if call.custom is None else call.custom.to(q.device)[..., -slots:]
-    ctx = _ctx(call, 0, 1, q_pos, scaling, softcap, window, custom)
+    ctx = Ctx(0, 1, call.phase, call.event, q_pos, (), scaling, softcap, window, custom)
     return dispatch.run(q, kv, DENSE, ctx)[0]
-
-
-def _ctx(
-    call: Call, layer: int, n_layers: int, q_pos: Tensor | None, scaling: float, softcap: float | None,
-    window: int | None = None, custom: Tensor | None = None, prompt_len: tuple[int, ...] = (),
-) -> Ctx:  # fmt: skip
-    return Ctx(
-        layer, n_layers, call.phase, call.event, q_pos, prompt_len,  # type: ignore[arg-type]
-        scaling, softcap, window, custom,
-    )  # fmt: skip
 
 
 def _patched(
@@ -124,7 +114,7 @@ def _patched(
         out = dense.single(q, kv.k, kv.v, scaling, call.row_lengths(layer))
         if out is not None:
             return out
-        ctx = _ctx(call, 0, 1, None, scaling, softcap)
+        ctx = Ctx(0, 1, call.phase, event, None, (), scaling, softcap)
         if kv.holes:
             kv.pos, ctx.q_pos = layer.pos, call.q_pos(q.shape[0], q.device)
         return dispatch.run(q, kv, DENSE, ctx)[0]
@@ -140,7 +130,7 @@ def _patched(
     keeper = plan.keeper if ordinal is not None and _may_evict(plan.keeper, layer, event, cache.turn) else None
     observers = plan.observers if ordinal is not None else ()
     custom = _custom_mask(call, layer, order, q, keeper)
-    ctx = _ctx(call, ordinal or 0, len(plan.covered), q_pos, scaling, softcap, None, custom)
+    ctx = Ctx(ordinal or 0, len(plan.covered), call.phase, event, q_pos, (), scaling, softcap, None, custom)
     if plan.rope is not None:
         ctx.turn = lambda x, by: plan.rope.turn(x, index, by)
     want_lse = bool(observers) and plan.needs_lse

@@ -183,14 +183,14 @@ class PatchLayer(DynamicLayer):
         slot = torch.arange(self.held, device=self.keys.device, dtype=torch.int32)
         if self._pos is None:
             pos = slot.expand(self.keys.shape[0], 1, -1)
-            return pos if self.count is None else torch.where(slot < self.count[..., None], pos, -1)
+            return pos if self.count is None else pos.masked_fill(self._free(), -1)
         if self._late:
             behind = self._next[:, None] if isinstance(self._next, torch.Tensor) else self._next  # [B, 1, 1]
             base = self._pos.shape[-1] if self._base is None else self._base[..., None]
             known = torch.nn.functional.pad(self._pos, (0, self.held - self._pos.shape[-1]))
             pos = torch.where(slot < base, known, slot - base + behind).to(torch.int32)
             if self.count is not None:
-                pos = torch.where(slot < self.count[..., None], pos, -1)
+                pos = pos.masked_fill(self._free(), -1)
             late: Any = self._late if self.count is None else (self.count[..., None] - base)[:, 0]  # alike in all heads
             self._set_pos(pos, self._next + late)
         return self._pos
@@ -259,8 +259,12 @@ class PatchLayer(DynamicLayer):
 
     def _zero_free(self) -> None:
         if self.count is not None and self.state:
-            free = torch.arange(self.held, device=self.keys.device) >= self.count[..., None]
+            free = self._free()
             self._tokens(lambda t: t.masked_fill(free, 0))
+
+    def _free(self) -> Tensor:
+        """bool [B, 1|Hkv, S]: slots behind the entries. Only where rows are counted."""
+        return torch.arange(self.held, device=self.keys.device) >= self.count[..., None]
 
     def keep(self, keep: KeepSet, turn: int) -> None:
         """Apply a decision at once: gather what stays, or overwrite what goes."""
@@ -285,12 +289,10 @@ class PatchLayer(DynamicLayer):
         index = index.expand(-1, self.keys.shape[1], -1)
         pos = self.pos.expand_as(self.keys[..., 0]).gather(-1, index)
         self.count = count
-        if count is not None:
-            pos = pos.masked_fill(torch.arange(index.shape[-1], device=index.device) >= count[..., None], -1)
         self.keys, self.values = _gather(self.keys, index), _gather(self.values, index)
         self._tokens(lambda t: t.gather(-1, index[:, : t.shape[1]]))
         self._zero_free()
-        self._set_pos(pos, following)
+        self._set_pos(pos if self.count is None else pos.masked_fill(self._free(), -1), following)
         self._spare = None
 
     def _overwrite(self, drop: Tensor, shrink: bool, pos: Tensor, following: Any) -> None:
@@ -317,10 +319,8 @@ class PatchLayer(DynamicLayer):
             self._spare = (self.keys, self.values)
             pos, self.keys, self.values = pos[..., :-1], self.keys[:, :, :-1], self.values[:, :, :-1]
             self._tokens(lambda t: t[..., :-1])
-        if self.count is not None:
-            pos = pos.masked_fill(torch.arange(self.held, device=pos.device) >= self.count[..., None], -1)
         self._zero_free()
-        self._set_pos(pos, following)
+        self._set_pos(pos if self.count is None else pos.masked_fill(self._free(), -1), following)
 
     def record(self, term: Selection, rows: int, slots: int) -> None:
         """Add a term's listed pages to the layer's density; the host does not wait."""

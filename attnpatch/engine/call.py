@@ -97,7 +97,7 @@ class Ctx:
     n_layers: int
     phase: str  # "prefill" | "decode"
     event: str  # "chunk" | "prompt" | "step"
-    q_pos: Tensor  # [B, T], -1 = padding
+    q_pos: Any  # Tensor [B, T], -1 = padding, wherever a hook or a mask reads it
     prompt_len: tuple[int, ...]  # real prompt tokens of each row (whole prompt, also before its last chunk)
     scaling: float
     softcap: float | None = None

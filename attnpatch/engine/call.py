@@ -184,9 +184,11 @@ class Call:
         new = None if mask is None else mask[:, self.before : self.after].bool()
         # waits at a prompt chunk, never at a decode step or under compile
         wait = self.event != "step" and not torch.compiler.is_compiling() and mask is not None
-        if wait and self.before:
+        if mask is not None and not (self.cache is not None and self.cache.patched):
+            past = mask[:, : self.before].bool()  # pads are stored, and the mask is all that tells them
+        elif wait and self.before:
             past = self._take_back(mask[:, : self.before].bool(), past)  # type: ignore[index]
-        if wait and past is None and bool(new.all()):  # type: ignore[union-attr]
+        if wait and (past is None or bool(past.all())) and bool(new.all()):  # type: ignore[union-attr]
             return
         if new is None:
             new = past.new_ones(past.shape[0], self.length)  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ demo: $(VENV)/.base
 	$(BIN)/attnpatch demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) # one thread a worker: workers fill the cores
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

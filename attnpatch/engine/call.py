@@ -82,6 +82,7 @@ class KV:
     plain: dict[str, Any] = field(default_factory=dict)  # host values, cleared by reset
     clean: bool = False  # empty slots hold no NaN
     ordered: bool = False  # slots ascend without gaps, so a window is a range of slots
+    aligned: bool = False  # entries lie in the slot of their position
 
     @property
     def S(self) -> int:

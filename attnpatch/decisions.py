@@ -44,6 +44,46 @@ class Selection:
         return not self.named and not self.skip
 
 
+@dataclass(frozen=True, eq=False)
+class ColumnReweight:
+    """New attention weights for a few key columns; keys, values and the cache stay as they are.
+
+    "renorm": the softmax numerator of a column is multiplied by its factor and the row renormalised, which is the same
+    as adding log(factor) to its logit. Factors must be above 0.
+    "give_back": the weight of a column is multiplied by its factor, and what is freed goes to the row's other visible
+    keys in proportion to their weights. Factors must lie in 0..1. Where the other keys hold less than 1e-6 (1/64 for
+    bfloat16 output, 1/512 for float16) they get less, down to nothing, and the columns keep the rest: rounding would
+    outweigh them otherwise. A row sums to one always.
+    Factor 1 changes nothing. A column after the query, or one that was evicted, is left out. No position is listed
+    twice in a head, also not by two methods.
+    """
+
+    columns: torch.Tensor  # int32 [B|1, H, C] token positions, -1 = unused; H one of 1, Hkv, Hq
+    factor: torch.Tensor  # fp32 [B|1, H', C], H' one of 1, Hkv, Hq
+    rule: str = "renorm"  # "renorm" | "give_back"
+    rows: torch.Tensor | None = None  # bool [B, Hq, T] query rows that are changed; None = all
+
+    def validate(self, batch: int, heads: int, kv_heads: int, rows: int) -> None:
+        """Raise InputError unless shapes, factors and columns fit q [batch, heads, rows, D]. Waits for the device."""
+        for name, x in (("columns", self.columns), ("factor", self.factor)):
+            if x.ndim != 3 or x.shape[0] not in (1, batch) or x.shape[1] not in (1, kv_heads, heads):
+                wanted = f"[1 or {batch}, 1 or {kv_heads} or {heads}, C]"
+                raise InputError(f"ColumnReweight {name} of shape {tuple(x.shape)}; expected {wanted}.")
+        if self.columns.shape[-1] != self.factor.shape[-1]:
+            raise InputError(f"{self.columns.shape[-1]} columns, but {self.factor.shape[-1]} factors; give one each.")
+        if self.rule not in ("renorm", "give_back"):
+            raise InputError(f"rule {self.rule!r} is not allowed; choose one of 'renorm', 'give_back'.")
+        low, high = self.factor.amin(), self.factor.amax()
+        if bool(low <= 0) if self.rule == "renorm" else bool((low < 0) | (high > 1)):
+            wanted = "above 0" if self.rule == "renorm" else "within 0..1"
+            raise InputError(f"rule {self.rule!r} needs factors {wanted}; got {float(low)} to {float(high)}.")
+        ordered = self.columns.sort(-1).values
+        if bool(((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any()):
+            raise InputError("ColumnReweight lists a position twice in a head; list it once.")
+        if self.rows is not None and tuple(self.rows.shape) != (batch, heads, rows):
+            raise InputError(f"rows of shape {tuple(self.rows.shape)}; expected [{batch}, {heads}, {rows}].")
+
+
 @dataclass(frozen=True)
 class KeepSet:
     """Which slots of a cache layer stay. Give `index` (rebuild) or `drop` (overwrite in place), never both.

@@ -13,7 +13,7 @@ from attnpatch.budget import Budget
 from attnpatch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from attnpatch.decisions import KeepSet
+    from attnpatch.decisions import ColumnReweight, KeepSet
     from attnpatch.engine.call import KV, Ctx
 
 P = TypeVar("P", bound="type[Patch]")
@@ -30,8 +30,9 @@ class Patch:
     """Base of a method: typed hyperparameters plus hooks that return decisions.
 
     Hooks (each optional): `select(q, kv, ctx)` says which keys are attended (None = all, a Selection, or a generator of
-    Selections, which gets each term's (out, lse) back); `observe(q, kv, ctx)` writes state; `keep(q, kv, ctx) ->
-    KeepSet | None` says what stays. q: [B, Hq, T, D] as the model rotated it. Rows are left-aligned: real tokens first.
+    Selections, which gets each term's (out, lse) back); `reweight(q, kv, ctx) -> ColumnReweight | None`, after
+    attention, changes the weights of a few columns; `observe(q, kv, ctx)` writes state; `keep(q, kv, ctx) -> KeepSet |
+    None` says what stays. q: [B, Hq, T, D] as the model rotated it. Rows are left-aligned: real tokens first.
     """
 
     name: ClassVar[str] = ""
@@ -54,6 +55,11 @@ class Patch:
     def phases(self) -> frozenset[str]:
         """Phases in which `select` is called: "prefill", "decode"."""
         return frozenset({"prefill"}) if "select" in self.hooks() else frozenset()
+
+    @property
+    def reweight_at(self) -> frozenset[str]:
+        """Phases in which `reweight` is called: "prefill", "decode"."""
+        return frozenset({"prefill", "decode"}) if "reweight" in self.hooks() else frozenset()
 
     @property
     def needs_complete_kv(self) -> bool:
@@ -94,12 +100,14 @@ class Patch:
     def hooks(cls) -> frozenset[str]:
         """Names of the hooks this method defines."""
         return frozenset(
-            h for h in ("select", "observe", "keep") if getattr(cls, h, None) is not getattr(Patch, h, None)
+            h for h in ("select", "reweight", "observe", "keep") if getattr(cls, h, None) is not getattr(Patch, h, None)
         )
 
     if TYPE_CHECKING:
 
         def select(self, q: Any, kv: KV, ctx: Ctx) -> Any: ...
+
+        def reweight(self, q: Any, kv: KV, ctx: Ctx) -> ColumnReweight | None: ...
 
         def keep(self, q: Any, kv: KV, ctx: Ctx) -> KeepSet | None: ...
 
@@ -228,6 +236,11 @@ def _check_chooser(choosers: list[Patch], patches: Sequence[Patch], phase: str) 
         for other in patches:
             if other is chooser:
                 continue
+            if "reweight" in other.hooks():
+                raise ConfigError(
+                    f"{other.name!r} changes the weights of keys that {chooser.name!r} may leave out of the {phase}; "
+                    f"combine {other.name!r} with a method that only evicts (snapkv, pyramidkv, h2o)."
+                )
             if other.needs_lse and "observe" in other.hooks():
                 raise ConfigError(
                     f"{other.name!r} scores every query against every key, and {chooser.name!r} leaves keys out of the "

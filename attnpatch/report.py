@@ -129,6 +129,6 @@ def _note(plan: Any, layers: list[LayerStatus]) -> str:
     if not any(layer.seen for layer in layers):
         return "no forward yet: nothing held."
     full = [layer for layer in layers if layer.covered]
-    if full and full[0].seen and all(layer.held == layer.seen for layer in full):
+    if plan.keeper is not None and full and full[0].seen and all(layer.held == layer.seen for layer in full):
         return "nothing was evicted: the prompt fits the budget (or has not ended), so attention is dense."
     return ""

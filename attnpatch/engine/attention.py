@@ -9,7 +9,7 @@ import torch
 
 from attnpatch.engine.cache import PatchLayer
 from attnpatch.engine.call import KV, Call, Ctx
-from attnpatch.engine.terms import DENSE, attend
+from attnpatch.engine.terms import DENSE, attend, reweigh
 from attnpatch.errors import PatchStateError, UnsupportedModeError, UnsupportedModelError
 from attnpatch.executors import dense, dispatch
 
@@ -104,7 +104,7 @@ def _stock(
 def _patched(
     call: Call, layer: PatchLayer, index: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
-    """align, append, attend, observe, keep, un-align: the order of work inside one attention call."""
+    """align, append, attend, reweight, observe, keep, un-align: the order of work inside one attention call."""
     plan, event = call.plan, call.event
     cache: PatchCache = call.cache  # type: ignore[assignment]  # a PatchLayer comes from one
     ordinal = plan.ordinal.get(index)
@@ -133,13 +133,17 @@ def _patched(
     ctx = Ctx(ordinal or 0, len(plan.covered), call.phase, event, q_pos, (), scaling, softcap, None, custom)
     if plan.rope is not None:
         ctx.turn = lambda x, by: plan.rope.turn(x, index, by)
-    want_lse = bool(observers) and plan.needs_lse
+    reweighters = plan.reweighters[call.phase] if ordinal is not None else ()
+    want_lse = bool(reweighters) or (bool(observers) and plan.needs_lse)
     selector = plan.selectors.get(call.phase) if ordinal is not None else None
     if selector is None:
         out, lse = dispatch.run(q, kv, DENSE, ctx, want_lse)  # [B, T, Hq, D]
     else:
         _complete(call, layer, kv, ctx, q)
         out, lse = attend(selector, call, layer, index, q, kv, ctx, want_lse)
+    if reweighters:
+        _complete(call, layer, kv, ctx, q)
+        out = reweigh(reweighters, layer, q, kv, ctx, out, lse)
     if plan.query_tail and event != "step" and ordinal is not None:
         ctx.tail, ctx.tail_pos = _push_tail(layer.tail, q, q_pos, call, plan.query_tail)
         # a copy: a view would keep all queries alive until the next chunk
@@ -224,7 +228,7 @@ def _decide(
 ) -> None:
     """Run the hooks and apply what they decide."""
     _complete(call, layer, kv, ctx, q)
-    ctx.lse = lse
+    ctx.lse, ctx.out = lse, None
     for patch in observers:
         patch.observe(q, kv, ctx)
     if keeper is None:

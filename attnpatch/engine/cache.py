@@ -215,7 +215,7 @@ class PatchLayer(DynamicLayer):
         # the pads of a first chunk lie behind causality: plain causal is right for it
         holes = self.count is not None and not first
         view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.rows, self.plain, clean=True)
-        view.ordered = self.aligned and not holes
+        view.aligned, view.ordered = self.aligned, self.aligned and not holes
         return view
 
     def _join(self, k: Tensor, v: Tensor) -> None:

@@ -51,12 +51,17 @@ class Plan:
     def acts_on_steps(self) -> bool:
         """Whether any hook runs during decoding."""
         keeps = self.keeper is not None and "step" in self.keeper.evict_at
-        return bool(self.observers) or keeps or "decode" in self.selectors
+        return bool(self.observers) or keeps or "decode" in self.selectors or bool(self.reweighters["decode"])
 
     @cached_property
     def selectors(self) -> dict[str, Patch]:
         """Phase -> the one method that chooses what is attended in it."""
         return {phase: p for p in self.patches for phase in p.phases}
+
+    @cached_property
+    def reweighters(self) -> dict[str, tuple[Patch, ...]]:
+        """Phase -> the methods that change its weights, in the order named."""
+        return {phase: tuple(p for p in self.patches if phase in p.reweight_at) for phase in ("prefill", "decode")}
 
     @cached_property
     def query_tail(self) -> int:
@@ -82,6 +87,7 @@ class KV:
     plain: dict[str, Any] = field(default_factory=dict)  # host values, cleared by reset
     clean: bool = False  # empty slots hold no NaN
     ordered: bool = False  # slots ascend without gaps, so a window is a range of slots
+    aligned: bool = False  # entries lie in the slot of their position
 
     @property
     def S(self) -> int:
@@ -105,7 +111,8 @@ class Ctx:
     mask: Tensor | None = None
     tail: Tensor | None = None  # [B, Hq, w, D] last prompt queries
     tail_pos: Tensor | None = None  # [B, w], -1 = absent
-    lse: Tensor | None = None  # [B, Hq, T]
+    lse: Tensor | None = None  # [B, Hq, T]; in `reweight` after what earlier methods changed, elsewhere before
+    out: Tensor | None = None  # [B, T, Hq, D], in `reweight` only
     turn: Any = None  # turn(x [B, H, T, D], by [B, T]): x as if `by` positions further on; for `needs_rope`
     ragged: bool = True  # rows may hold different numbers of tokens (padding)
     bytes_per_token: float | None = None

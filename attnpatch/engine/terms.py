@@ -1,15 +1,16 @@
-"""From what a method selects to attention output: run each term, write the first cover of a row, add later ones."""
+"""From what methods decide to attention output: the terms of a selection, added up; then changed column weights."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import os
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError
-from attnpatch.executors import dispatch
+from attnpatch.executors import dispatch, reweight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,26 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         if not layer.backend and (term.index is not None or term.columns is not None):
             layer.backend = dispatch.explain(q, kv, term, ctx)
     return total.result()
+
+
+def reweigh(
+    patches: Sequence[Patch], layer: PatchLayer, q: Tensor, kv: KV, ctx: Ctx, out: Tensor, lse: Tensor | None
+) -> Tensor:
+    """out [B, T, Hq, D] after each method changed the weights of its columns, in turn; lse [B, Hq, T] stays as it is.
+
+    A later method sees in ctx.lse the log-sum-exp by which all columns that no method listed have their new weights.
+    """
+    now: Any = lse
+    ctx.out, ctx.lse, ctx.ragged = out, now, layer.count is not None
+    for patch in patches:
+        decision = patch.reweight(q, kv, ctx)
+        if decision is None:
+            continue
+        if os.environ.get("ATTNPATCH_DEBUG"):  # waits for the device
+            decision.validate(q.shape[0], q.shape[1], kv.k.shape[1], q.shape[2])
+        out, now = reweight.run(out, now, q, kv, decision, ctx, want_lse=patch is not patches[-1])
+        ctx.out, ctx.lse = out, now
+    return out
 
 
 def _not_now(patch: Patch, layer: PatchLayer, kv: KV, ctx: Ctx) -> str:

@@ -86,6 +86,38 @@ def run(
     return out.to(q.dtype).transpose(1, 2), lse if want_lse else None
 
 
+def reweight(
+    q: torch.Tensor, kv: Any, decision: Any, ctx: Any, probs: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B, T, Hq, D] in q.dtype, weights [B, Hq, T, S]) with the weights of the decision's columns changed.
+
+    probs: the weights to start from, e.g. of an earlier reweight; default the dense ones.
+    """
+    batch, heads, rows = q.shape[:3]
+    seen = _per_query_head(visible(kv, ctx.q_pos, ctx.window, ctx.mask), heads)
+    if probs is None:
+        probs = _probabilities(_logits(q, kv, ctx.scaling, ctx.softcap), seen)[0]
+    here = _spread(kv.pos, batch, heads)[:, :, None, :] == _spread(decision.columns, batch, heads)[..., None]
+    here = here & (_spread(kv.pos, batch, heads) >= 0)[:, :, None]  # [B, Hq, C, S]
+    factor = torch.where(here, _spread(decision.factor, batch, heads)[..., None], 1.0).prod(2)[:, :, None]
+    listed = here.any(2)[:, :, None]  # [B, Hq, 1, S]
+    if decision.rule == "renorm":
+        new = probs * factor
+        new = new / new.sum(-1, keepdim=True).clamp(min=1e-30)
+    else:
+        left = torch.where(listed, 0.0, probs).sum(-1, keepdim=True)
+        # of the freed mass, what is given back
+        share = (left / max(1e-6, 2 * torch.finfo(q.dtype).eps)).clamp(max=1.0) ** 2
+        kept = torch.where(listed, probs * (1 - (1 - factor) * share), 0.0)
+        rest = torch.where(listed, 0.0, probs)
+        new = kept + rest * (probs.sum(-1, keepdim=True) - kept.sum(-1, keepdim=True)) / left.clamp(min=1e-30)
+    if decision.rows is not None:
+        new = torch.where(decision.rows[..., None], new, probs)
+    v = torch.where((kv.pos >= 0)[..., None], kv.v, 0.0).to(new.dtype)
+    out = new @ v.repeat_interleave(heads // v.shape[1], dim=1)
+    return out.to(q.dtype).transpose(1, 2), new
+
+
 def column_sums(
     queries: torch.Tensor,
     kv: Any,

@@ -263,8 +263,8 @@ def test_head_sizes_and_strides_on_a_clean_aligned_cache(form, dim):
 def test_the_choice_and_its_reason(monkeypatch):
     ctx, q = SimpleNamespace(mask=None), torch.zeros(1, 4, 1, 128)
     assert reweight.choose(q, ctx) == ("torch", "not triton: needs CUDA capability >= 8, this is cpu")
-    monkeypatch.setattr(reweight.backends, "capability", lambda device: 9)
-    monkeypatch.setattr(reweight, "_triton_installed", lambda: True)
+    monkeypatch.setattr(reweight, "too_old", lambda device, found, needed: None)
+    monkeypatch.setattr(reweight, "has_triton", lambda: True)
     assert reweight.choose(q, ctx)[0] == "triton"
     for bad, changed, why in (
         (q.double(), ctx, "float64"),
@@ -273,7 +273,7 @@ def test_the_choice_and_its_reason(monkeypatch):
         (q.clone().requires_grad_(), ctx, "no backward"),
     ):
         assert why in reweight.choose(bad, changed)[1]
-    monkeypatch.setattr(reweight, "_triton_installed", lambda: False)
+    monkeypatch.setattr(reweight, "has_triton", lambda: False)
     assert "not installed" in reweight.choose(q, ctx)[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-_found: dict[str, Callable[..., Any] | None] = {}  # a plain dict: torch.compile warns of lru_cache
+_found: dict[str, Any] = {}  # a plain dict: torch.compile warns of lru_cache
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    if "triton" not in _found:
+        _found["triton"] = find_spec("triton") is not None
+    return _found["triton"]
 
 
 def fa4() -> Callable[..., Any] | None:
@@ -33,13 +41,22 @@ def fa4() -> Callable[..., Any] | None:
     return _found["fa4"]
 
 
+def too_old(device: str, found: int, needed: int) -> str | None:
+    """What is wrong with CUDA capability `found` of a device of that type, or None."""
+    if device == "cuda" and found >= needed:
+        return None
+    return f"needs CUDA capability >= {needed}, this is {f'capability {found}' if device == 'cuda' else device}"
+
+
+def not_half(dtype: torch.dtype) -> str | None:
+    """What is wrong with a dtype for the half-precision kernels, or None."""
+    return None if dtype in HALF else f"needs float16 or bfloat16, this is {str(dtype).removeprefix('torch.')}"
+
+
 def no_cuda_half(c: Any, capability: int, dim: int) -> str | None:
     """What keeps a call from the CUDA half-precision kernels, or None."""
-    if c.device != "cuda" or c.capability < capability:
-        here = f"capability {c.capability}" if c.device == "cuda" else c.device
-        return f"needs CUDA capability >= {capability}, this is {here}"
-    if c.dtype not in HALF:
-        return f"needs float16 or bfloat16, this is {str(c.dtype).removeprefix('torch.')}"
+    if why := too_old(c.device, c.capability, capability) or not_half(c.dtype):
+        return why
     if c.dim > dim or c.dim % 8:
         return f"needs a head dimension that is a multiple of 8 up to {dim}, this is {c.dim}"
     if getattr(c, "wide", 0) not in (0, c.dim):

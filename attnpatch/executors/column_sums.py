@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from attnpatch.errors import ConfigError
+from attnpatch.executors.backends import HALF, capability, has_triton, too_old
 
 MAX_BLOCK = 64 * 2**20
 """Most logits (elements) held at once by the torch form."""
@@ -23,7 +22,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 def _mixed(x: torch.Tensor) -> bool:
     """Whether half operands can be multiplied straight into an fp32 result (a CUDA-only, forward-only kernel)."""
-    if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16):
+    if x.device.type != "cuda" or x.dtype not in HALF:
         return False
     return not (torch.is_grad_enabled() and x.requires_grad)
 
@@ -47,21 +46,14 @@ def rows_per_block(batch: int, heads: int, slots: int, most: int) -> int:
     return max(1, min(most, MAX_BLOCK // max(1, batch * heads * slots)))
 
 
-@lru_cache(maxsize=1)
-def _triton_installed() -> bool:
-    return find_spec("triton") is not None
-
-
 def _not_triton(queries: torch.Tensor, kv: Any, lse: torch.Tensor | None) -> str | None:
     """What stands in the way of the fused form, or None."""
     rows, dim = queries.shape[2:]
     if lse is None:
         return "needs the rows' log-sum-exp"
-    capability = torch.cuda.get_device_capability(queries.device)[0] if queries.device.type == "cuda" else 0
-    if capability < 8:
-        here = f"capability {capability}" if capability else queries.device.type
-        return f"needs CUDA capability >= 8, this is {here}"
-    if queries.dtype not in (torch.float16, torch.bfloat16) or kv.k.dtype != queries.dtype:
+    if why := too_old(queries.device.type, capability(queries.device), 8):
+        return why
+    if queries.dtype not in HALF or kv.k.dtype != queries.dtype:
         return f"needs float16 or bfloat16, this is {str(queries.dtype).removeprefix('torch.')}"
     if dim % 8 or dim > 256:
         return f"needs a head dimension that is a multiple of 8 up to 256, this is {dim}"
@@ -69,7 +61,7 @@ def _not_triton(queries: torch.Tensor, kv: Any, lse: torch.Tensor | None) -> str
         return f"needs {FUSED_ROWS} rows to fill a tile, these are {rows}"
     if torch.compiler.is_compiling():
         return "is not traced by torch.compile"
-    return None if _triton_installed() else "triton is not installed"
+    return None if has_triton() else "triton is not installed"
 
 
 def choose(queries: torch.Tensor, kv: Any, lse: torch.Tensor | None) -> tuple[str, str]:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 
 from attnpatch.errors import ConfigError
+from attnpatch.executors.backends import HALF, capability, has_triton
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
 from attnpatch.executors.lists import best
-from attnpatch.executors.row_lists import has_triton, take
+from attnpatch.executors.row_lists import take
 
 REPRESENTATIVES = ("center", "first", "last")
 
@@ -65,9 +66,9 @@ _RUN: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"triton": _
 
 def choose(samples: torch.Tensor) -> tuple[str, str]:
     """(backend, reason) for these sampled queries."""
-    if samples.device.type != "cuda" or torch.cuda.get_device_capability(samples.device)[0] < 8:
+    if capability(samples.device) < 8:
         return "torch", "not triton: needs CUDA capability >= 8"
-    if samples.dtype not in (torch.float16, torch.bfloat16) or samples.shape[-1] > 256 or samples.shape[3] > 128:
+    if samples.dtype not in HALF or samples.shape[-1] > 256 or samples.shape[3] > 128:
         return "torch", "not triton: needs float16 or bfloat16, head dimension up to 256, at most 128 sampled queries"
     return ("triton", "the fastest that fits") if has_triton() else ("torch", "not triton: triton is not installed")
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from attnpatch.errors import ConfigError
-from attnpatch.executors import backends
-from attnpatch.executors.column_sums import _triton_installed, compute_dtype, matmul, operand, rows_per_block
+from attnpatch.executors.backends import capability, has_triton, too_old
+from attnpatch.executors.column_sums import compute_dtype, matmul, operand, rows_per_block
 
 LEAST = 1e-6
 """Smallest weight of a row's other keys that takes all that "give_back" frees (see `least`)."""
@@ -34,8 +34,8 @@ def least(dtype: torch.dtype) -> float:
 
 def _not_triton(q: torch.Tensor, ctx: Any) -> str | None:
     """What stands in the way of the fused form, or None."""
-    if (here := backends.capability(q.device)) < 8:
-        return f"needs CUDA capability >= 8, this is {f'capability {here}' if here else q.device.type}"
+    if why := too_old(q.device.type, capability(q.device), 8):
+        return why
     if q.dtype == torch.float64 or q.shape[3] > 256:
         return "takes neither float64 nor head dimensions above 256"
     if ctx.mask is not None:
@@ -44,7 +44,7 @@ def _not_triton(q: torch.Tensor, ctx: Any) -> str | None:
         return "has no backward"
     if torch.compiler.is_compiling():
         return "is not traced by torch.compile"
-    return None if _triton_installed() else "triton is not installed"
+    return None if has_triton() else "triton is not installed"
 
 
 def choose(q: torch.Tensor, ctx: Any) -> tuple[str, str]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.errors import ConfigError, InputError, VersionError
+from attnpatch.executors.backends import capability, has_triton, not_half, too_old
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
 
 TILE_ROWS = 128
@@ -65,17 +64,10 @@ def aligned(q: torch.Tensor, kv: Any) -> bool:
     return getattr(kv, "complete", False) and (not kv.holes or q.shape[2] == kv.k.shape[2])
 
 
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None
-
-
 def _call(q: torch.Tensor, kv: Any, ctx: Any) -> _Call:
-    cuda = q.device.type == "cuda"
     return _Call(
         device=q.device.type,
-        capability=torch.cuda.get_device_capability(q.device)[0] if cuda else 0,
+        capability=capability(q.device),
         dtype=q.dtype,
         dim=q.shape[3],
         aligned=aligned(q, kv),
@@ -85,11 +77,8 @@ def _call(q: torch.Tensor, kv: Any, ctx: Any) -> _Call:
 
 
 def _not_triton(c: _Call) -> str | None:
-    if c.device != "cuda" or c.capability < 8:
-        here = f"capability {c.capability}" if c.device == "cuda" else c.device
-        return f"needs CUDA capability >= 8, this is {here}"
-    if c.dtype not in (torch.float16, torch.bfloat16):
-        return f"needs float16 or bfloat16, this is {str(c.dtype).removeprefix('torch.')}"
+    if why := too_old(c.device, c.capability, 8) or not_half(c.dtype):
+        return why
     if c.dim > 256:
         return f"needs a head dimension up to 256, this is {c.dim}"
     if not c.aligned:

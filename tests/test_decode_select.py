@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 from attnpatch.patches.hip import HiP
 from attnpatch.patches.quest import Quest
 from attnpatch.patches.recycled import RefreshKV
 from attnpatch.patches.tokenselect import TokenSelect
+from interpreter import mend_interpreter, needs_triton, run_interpreted
 from oracle import CACHE, CONFIGS, tiny
 from test_hip import naive_search
-from test_row_lists import mend_interpreter
 
 import attnpatch
 from attnpatch.decisions import Selection
@@ -734,11 +729,9 @@ def interpreted():
             layer.attended(patch, [n, n])
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_triton_kernel_under_the_interpreter():
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":

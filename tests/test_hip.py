@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import random
-import subprocess
-import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
 from attnpatch.patches.hip import HiP, first_groups, rounds
-from test_row_lists import mend_interpreter
+from interpreter import mend_interpreter, needs_triton, run_interpreted
 
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
@@ -393,11 +389,9 @@ def test_triton_round_on_a_gpu(change, monkeypatch):
         assert torch.equal(a.index, b.index) and torch.equal(a.count, b.count)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_triton_round_under_the_interpreter():
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreter import FORMS, HALF, INTERPRETED, mend_interpreter, needs_triton, run_interpreted
 from selections import layer as as_layer
 
 from attnpatch.decisions import ColumnReweight, Selection
@@ -18,31 +17,9 @@ from attnpatch.engine.call import KV
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import naive, reweight
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-FORMS = [
-    pytest.param(("torch", "cpu"), id="torch"),
-    pytest.param(
-        ("triton", DEVICE),
-        id="triton",
-        marks=pytest.mark.skipif(
-            not find_spec("triton") or (DEVICE == "cpu" and not INTERPRETED),
-            reason="needs triton and a CUDA device; without one test_the_fused_form_in_tritons_interpreter runs it",
-        ),
-    ),
-]
 if INTERPRETED:
-    from triton.runtime import interpreter
-
-    _patch = interpreter._patch_lang_tensor
-
-    def _patch_index(tensor, scope):
-        """Loop bounds are arrays of one element to the interpreter, and numpy 2.4 no longer converts them to int."""
-        _patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = _patch_index
-DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]  # as in test_column_sums
+    mend_interpreter()
+DTYPES = [torch.float32, HALF]
 
 
 def run(form, out, lse, q, kv, decision, ctx, want_lse=False):
@@ -282,12 +259,7 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+@needs_triton
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the fused form runs here itself")
 def test_the_fused_form_in_tritons_interpreter():
-    """In a process of its own: Triton reads the variable once, when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__)

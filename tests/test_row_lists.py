@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreter import mend_interpreter, needs_triton, run_interpreted
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, InputError
@@ -272,19 +271,6 @@ def test_import_is_light():
 # ---- the Triton kernel, interpreted ----
 
 
-def mend_interpreter():
-    """numpy 2.4 makes no int of a one-entry array, which Triton 3.6's interpreter asks of loop bounds."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
-
-
 def interpreted():
     """Runs in a process of its own: the interpreter must be asked for before triton is imported."""
     mend_interpreter()
@@ -334,11 +320,9 @@ def test_triton_kernel_on_a_gpu(dim, rows, slots, dtype, softcap):
         check(q, kv, selection, ctx)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_triton_kernel_under_the_interpreter():
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     import torch
 
 
+def ranked(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices int64 [..., count] of the highest scores fp32 [..., n >= count], best first; ties: the later first."""
+    import torch
+
+    bits = scores.float().view(torch.int32)
+    # score and place in one integer that orders as the pair does
+    key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | torch.arange(scores.shape[-1], device=scores.device)
+    return key.topk(count, dim=-1).values & 0xFFFFFFFF
+
+
 @dataclass(frozen=True, eq=False)
 class Selection:
     """Which (query, key) pairs are attended: a set, so a pair named twice counts once; never a key after the query.
@@ -140,10 +150,7 @@ class KeepSet:
         rank = scores.float().clamp(min=torch.finfo(torch.float32).min)
         rank = rank.masked_fill(pinned, float("inf")).masked_fill(~valid, float("-inf"))
         width = min(max(capacity), scores.shape[-1])
-        # score and slot in one integer that orders as the pair does, so that ties go to the later slot
-        bits = rank.view(torch.int32)
-        key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | torch.arange(scores.shape[-1], device=pos.device)
-        index = key.topk(width, dim=-1).values & 0xFFFFFFFF  # [B, H', width], best first
+        index = ranked(rank, width)  # [B, H', width]
         if not ragged:
             return cls(index=index.sort(dim=-1).values)
         room = torch.as_tensor(list(capacity), device=scores.device)[:, None].clamp(max=width)  # [B, 1]

@@ -58,8 +58,8 @@ class Quest(Patch):
         """None (dense), or the pages of each head as one list."""
         import torch
 
-        from attnpatch.decisions import Selection
-        from attnpatch.executors import lists, page_bounds
+        from attnpatch.decisions import Selection, ranked
+        from attnpatch.executors import page_bounds
         from attnpatch.executors.column_sums import group_max
 
         width = self.pages(kv.S)
@@ -74,7 +74,7 @@ class Quest(Patch):
             page = torch.arange(scores.shape[-1], device=q.device)
             last = newest.div(self.page_size, rounding_mode="floor")
             scores = scores.masked_fill((page == last[:, None])[:, None], float("inf"))
-        index, count = lists.ranked(scores, width), None
+        index, count = ranked(scores, width), None
         if kv.holes:  # shorter rows may attend fewer pages
             count = self._count(newest + 1)[:, None, None]  # [B, 1, 1]
             index = torch.where(torch.arange(width, device=q.device) < count, index, scores.shape[-1])

@@ -117,10 +117,8 @@ class RefreshKV(Patch):
             capacity = tuple(max(self.min_budget, c) for c in ctx.capacity(self.budget))
             kv.plain.update(recycled=(max(capacity), min(capacity)), recycled_step=0, recycled_slots=kv.S)
             kv.state["recycled_size"] = torch.tensor(capacity, device=q.device)
-        newest, due = (
-            ctx.q_pos.amax(-1),
-            kv.rows.pop("recycled_due", None),
-        )  # [B]; -1 = the call has no token of the row
+        newest = ctx.q_pos.amax(-1)  # [B]; -1 = the call has no token of the row
+        due = kv.rows.pop("recycled_due", None)
         last = ctx.q_pos.argmax(-1)[:, None, None, None].expand(-1, q.shape[1], -1, q.shape[3])
         q = q.gather(2, last)
         new = {"recycled": self._ring(self.scores(q, kv, ctx, newest), kv), "recycled_next": kv.state["recycled_size"]}
@@ -157,10 +155,10 @@ class RefreshKV(Patch):
         """The best K slots of each row in ascending order of their scores fp32 [B, Hkv, S], then the spare entry."""
         import torch
 
-        from attnpatch.executors import lists
+        from attnpatch.decisions import ranked
 
         width, size = kv.plain["recycled"][0], kv.state["recycled_size"]
-        order = lists.ranked(scores, min(width, scores.shape[-1]))
+        order = ranked(scores, min(width, scores.shape[-1]))
         order = torch.where(scores.gather(-1, order) == float("-inf"), -1, order)
         order = torch.nn.functional.pad(order, (0, width + 1 - order.shape[-1]), value=-1)  # [B, Hkv, K + 1]
         back = size[:, None, None] - 1 - torch.arange(width + 1, device=scores.device)

@@ -69,9 +69,8 @@ class TokenSelect(Patch):
         if self.needs_rope:
             idle = ctx.q_pos < 0  # [B, 1]: rows without a token in this step
             # NaN is like nothing: where there was no token, the next one votes
-            new["tokens_query"] = (
-                ctx.turn(q.float(), -ctx.q_pos).flatten(1).masked_fill(idle, float("nan"))
-            )  # [B, Hq * D]
+            query = ctx.turn(q.float(), -ctx.q_pos).flatten(1)  # [B, Hq * D]
+            new["tokens_query"] = query.masked_fill(idle, float("nan"))
             if known:
                 like = cosine_similarity(new["tokens_query"], kv.rows["tokens_query"], dim=-1) >= self.threshold
                 old = like[:, None] | idle
@@ -112,9 +111,9 @@ class TokenSelect(Patch):
         """The slots with the most votes, as `_chosen` returns them."""
         import torch
 
-        from attnpatch.executors import lists
+        from attnpatch.decisions import ranked
 
-        index = lists.ranked(self.votes(q, kv, tokens), self.top_k)
+        index = ranked(self.votes(q, kv, tokens), self.top_k)
         count = (tokens - self.n_local - self.n_init).clamp(min=0, max=self.top_k)
         meant = torch.arange(self.top_k, device=q.device) < count[:, None]
         return torch.where(meant, index, kv.S).sort(dim=-1).values.to(torch.int32), count.to(torch.int32)

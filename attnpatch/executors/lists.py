@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from attnpatch.decisions import ranked
 from attnpatch.executors import naive
 from attnpatch.executors.column_sums import compute_dtype, rows_per_block
 
@@ -49,14 +50,6 @@ def one_list(selection: Any, which: int, end: int) -> Any:
     return replace(
         selection, index=index, count=count, bq=0, columns=None if columns is None else columns.clamp(max=end + 1)
     )
-
-
-def ranked(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices int64 [..., count] of the highest scores fp32 [..., n >= count], best first; ties: the later first."""
-    bits = scores.float().view(torch.int32)
-    # score and place in one integer that orders as the pair does
-    key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | torch.arange(scores.shape[-1], device=scores.device)
-    return key.topk(count, dim=-1).values & 0xFFFFFFFF
 
 
 def best(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -70,14 +70,18 @@ def probe(
 
 def _run_through(decision: Any, q: Any, kv: Any, ctx: Any) -> Any:
     """The terms of a decision; a generator is sent what each term would have given."""
+    from collections.abc import Generator
+
+    from attnpatch.engine.terms import each_term
     from attnpatch.executors import dispatch
 
-    if not hasattr(decision, "send"):
+    if not isinstance(decision, Generator):
         return decision
-    terms = []
-    try:
-        terms.append(next(decision))
-        while True:
-            terms.append(decision.send(dispatch.run(q, kv, terms[-1], ctx, True)))
-    except StopIteration:
-        return terms
+    terms: list[Any] = []
+
+    def compute(term: Any) -> Any:
+        terms.append(term)
+        return dispatch.run(q, kv, term, ctx, True)
+
+    each_term(decision, compute)
+    return terms

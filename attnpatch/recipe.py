@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -184,10 +185,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not isinstance(value, _SCALARS):
         raise ConfigError(f"--set {text!r}: the value must be a number, true, false or text.")
     if isinstance(value, str) and not raw.strip().startswith(("'", '"')):
-        try:
+        with suppress(ValueError):  # text that is no number stays text
             value = float(value)  # YAML reads 1e-3 as text
-        except ValueError:
-            pass
     return key.strip(), value
 
 

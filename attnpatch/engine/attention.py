@@ -136,14 +136,14 @@ def _patched(
     reweighters = plan.reweighters[call.phase] if ordinal is not None else ()
     want_lse = bool(reweighters) or (bool(observers) and plan.needs_lse)
     selector = plan.selectors.get(call.phase) if ordinal is not None else None
+    if selector is not None or reweighters or observers or keeper is not None:
+        _complete(call, layer, kv, ctx, q)
     if selector is None:
         out, lse = dispatch.run(q, kv, DENSE, ctx, want_lse)  # [B, T, Hq, D]
     else:
-        _complete(call, layer, kv, ctx, q)
         out, lse = attend(selector, call, layer, index, q, kv, ctx, want_lse)
     if reweighters:
-        _complete(call, layer, kv, ctx, q)
-        out = reweigh(reweighters, layer, q, kv, ctx, out, lse)
+        out = reweigh(reweighters, q, kv, ctx, out, lse)
     if plan.query_tail and event != "step" and ordinal is not None:
         ctx.tail, ctx.tail_pos = _push_tail(layer.tail, q, q_pos, call, plan.query_tail)
         # a copy: a view would keep all queries alive until the next chunk
@@ -227,7 +227,6 @@ def _decide(
     call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor, lse: Tensor | None, observers: Any, keeper: Any
 ) -> None:
     """Run the hooks and apply what they decide."""
-    _complete(call, layer, kv, ctx, q)
     ctx.lse, ctx.out = lse, None
     for patch in observers:
         patch.observe(q, kv, ctx)

@@ -163,11 +163,6 @@ class Call:
         self.event = cache.begin(length, self.before) if cache is not None else "prompt"
 
     @property
-    def plain(self) -> bool:
-        """Neither padding nor a 4-D mask."""
-        return self.padding is None and self.custom is None
-
-    @property
     def phase(self) -> str:
         return "decode" if self.event == "step" else "prefill"
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _MOVING = ("dynamic", "longrope")  # frequencies that change with the length seen: a difference has no one angle
 
+_REMEDY = "so tokens cannot be re-numbered; use positions='original' (streamingllm) or schedule='fixed' (recycled)."
+
 
 class Rope:
     """Rotations compose, so a query at position p becomes one at p + d by a rotation of d."""
@@ -30,15 +32,13 @@ class Rope:
         self.apply: Any = next((getattr(sys.modules[m], "apply_rotary_pos_emb", None) for m in modules), None)
         if attentions and (self.module is None or self.apply is None):
             raise UnsupportedModelError(
-                f"{type(decoder).__name__} has no rotary embedding that attnpatch knows, so tokens cannot be "
-                "re-numbered; use positions='original' (streamingllm) or schedule='fixed' (recycled)."
+                f"{type(decoder).__name__} has no rotary embedding that attnpatch knows, {_REMEDY}"
             )
         kinds = getattr(self.module, "rope_type", "default")
         kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
         if moving := kinds & set(_MOVING):
             raise UnsupportedModelError(
-                f"rope type {sorted(moving)[0]!r} changes its frequencies with the length, so tokens cannot be "
-                "re-numbered; use positions='original' (streamingllm) or schedule='fixed' (recycled)."
+                f"rope type {sorted(moving)[0]!r} changes its frequencies with the length, {_REMEDY}"
             )
         by_layer = attentions and "layer_type" in signature(module.forward).parameters
         self.types = list(decoder.config.layer_types) if by_layer else None
@@ -46,8 +46,7 @@ class Rope:
             self.turned = {i for i, a in attentions.items() if self._depends_on_positions(decoder, a, i)}
         except (AttributeError, RuntimeError, TypeError) as error:
             raise UnsupportedModelError(
-                f"the rotary embedding of {type(decoder).__name__} is of a form that attnpatch does not know, so "
-                "tokens cannot be re-numbered; use positions='original' (streamingllm) or schedule='fixed' (recycled)."
+                f"the rotary embedding of {type(decoder).__name__} is of a form that attnpatch does not know, {_REMEDY}"
             ) from error
 
     def _depends_on_positions(self, decoder: Any, attention: Any, layer: int) -> bool:

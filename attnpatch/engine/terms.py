@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,24 +31,41 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         layer.note = layer.note or "dense: the method's own choice"
         return dispatch.run(q, kv, DENSE, ctx, lse)
     total = _Total(q, lse or patch.merges)
-    for term in _send_back(decision, total):
+
+    def compute(term: Selection) -> Result:
         query = q if term.at is None else _turned(call, index, q, term, ctx)
-        total.add(term.rows, *dispatch.run(query, kv, term, ctx, total.want_lse))
+        result = dispatch.run(query, kv, term, ctx, total.want_lse)
+        total.add(term.rows, *result)
         layer.record(term, q.shape[2], kv.k.shape[2])
         if not layer.backend and (term.index is not None or term.columns is not None):
             layer.backend = dispatch.explain(q, kv, term, ctx)
+        return result
+
+    each_term(decision, compute)
     return total.result()
 
 
-def reweigh(
-    patches: Sequence[Patch], layer: PatchLayer, q: Tensor, kv: KV, ctx: Ctx, out: Tensor, lse: Tensor | None
-) -> Tensor:
+def each_term(decision: Selection | Generator[Selection, Any, None], compute: Callable[[Selection], Result]) -> None:
+    """Compute the terms of a decision; a generator receives each term's (out, lse) as the value of its yield."""
+    if not isinstance(decision, Generator):
+        compute(decision)
+        return
+    answer = None
+    while True:
+        try:
+            term = decision.send(answer)
+        except StopIteration:
+            return
+        answer = compute(term)
+
+
+def reweigh(patches: Sequence[Patch], q: Tensor, kv: KV, ctx: Ctx, out: Tensor, lse: Tensor | None) -> Tensor:
     """out [B, T, Hq, D] after each method changed the weights of its columns, in turn; lse [B, Hq, T] stays as it is.
 
     A later method sees in ctx.lse the log-sum-exp by which all columns that no method listed have their new weights.
     """
     now: Any = lse
-    ctx.out, ctx.lse, ctx.ragged = out, now, layer.count is not None
+    ctx.out, ctx.lse = out, now
     for patch in patches:
         decision = patch.reweight(q, kv, ctx)
         if decision is None:
@@ -81,33 +98,17 @@ def _turned(call: Call, index: int, q: Tensor, term: Selection, ctx: Ctx) -> Ten
     return whole
 
 
-def _send_back(decision: Any, total: _Total) -> Iterator[Selection]:
-    """The terms of a decision; a generator receives each term's (out, lse) as the value of its yield."""
-    if not isinstance(decision, Generator):
-        yield decision
-        return
-    try:
-        term = next(decision)
-        while True:
-            yield term
-            term = decision.send(total.last)
-    except StopIteration:
-        return
-
-
 class _Total:
     """The sum of terms: rows covered once are copied, rows covered again are merged in fp32."""
 
     def __init__(self, q: Tensor, want_lse: bool) -> None:
         self.q, self.want_lse = q, want_lse
-        self.last: Any = None
         self.out: Any = None  # [B, T, Hq, D]
         self.lse: Any = None  # [B, Hq, T]
         self.covered: list[tuple[int, int]] = []
 
     def add(self, rows: slice | None, out: Tensor, lse: Tensor | None) -> None:
         """out [B, rows, Hq, D], lse [B, Hq, rows]."""
-        self.last = (out, lse)
         batch, heads, length, dim = self.q.shape
         start, stop, _ = (rows or slice(None)).indices(length)
         if self.out is None and (start, stop) == (0, length):

@@ -165,3 +165,16 @@ def test_refuses_what_does_not_compose():
     with attnpatch.patched(model, "overlapping"), pytest.raises(ConfigError, match="do not overlap"):
         logits(model, prompt(1, 30))
     assert not hasattr(model, "_attnpatch")
+
+
+@pytest.mark.parametrize("patch", ["streamingllm", "flexprefill", "hip"])
+def test_a_compiled_model_selects_the_same(patch):
+    model, ids = tiny("llama"), prompt()
+    with attnpatch.patched(model, patch, **SMALL.get(patch, {"budget": 17})):
+        steps = [ids, ids[:, :1]]
+        cache = attnpatch.PatchCache(model)
+        expected = [logits(model, step, **{CACHE: cache}) for step in steps]
+        compiled, cache = torch.compile(model, backend="eager"), attnpatch.PatchCache(model)
+        for step, want in zip(steps, expected, strict=True):
+            assert torch.equal(logits(compiled, step, **{CACHE: cache}), want)
+    torch.compiler.reset()

@@ -23,6 +23,7 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 DENSE = Selection()
 
 
+@torch.compiler.disable  # a graph break inside would turn a generator into the tuple of what it yields unanswered
 def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, kv: KV, ctx: Ctx, lse: bool) -> Result:
     """Attention of q [B, Hq, T, D] over what `patch` selects; (out [B, T, Hq, D], lse [B, Hq, T] if asked for)."""
     layer.note = _not_now(patch, layer, kv, ctx)

@@ -16,8 +16,8 @@ from oracle import CACHE, Oracle, positions, run_both, tiny
 
 import attnpatch
 from attnpatch.decisions import KeepSet
-from attnpatch.engine.cache import PatchLayer
 from attnpatch.engine.call import KV, Ctx
+from attnpatch.engine.layer import PatchLayer
 from attnpatch.errors import ConfigError, UnsupportedModelError
 from attnpatch.executors import column_sums
 

@@ -17,7 +17,7 @@ import torch
 
 from attnpatch import PatchCache, patched
 from attnpatch.engine import compat
-from attnpatch.engine.cache import PatchLayer
+from attnpatch.engine.layer import PatchLayer
 from attnpatch.patch import Patch
 
 if TYPE_CHECKING:

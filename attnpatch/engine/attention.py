@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnpatch.engine.cache import PatchLayer
 from attnpatch.engine.call import KV, Call, Ctx
+from attnpatch.engine.layer import PatchLayer
 from attnpatch.engine.terms import DENSE, attend, reweigh
 from attnpatch.errors import PatchStateError, UnsupportedModeError, UnsupportedModelError
 from attnpatch.executors import dense, dispatch

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attnpatch.budget import Budget
-    from attnpatch.engine.cache import PatchCache, PatchLayer
+    from attnpatch.engine.cache import PatchCache
     from attnpatch.engine.families import LayerFact
+    from attnpatch.engine.layer import PatchLayer
     from attnpatch.patch import Patch
 
 

@@ -15,8 +15,8 @@ from attnpatch.executors import dispatch, reweight
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from attnpatch.engine.cache import PatchLayer
     from attnpatch.engine.call import KV, Call, Ctx
+    from attnpatch.engine.layer import PatchLayer
     from attnpatch.patch import Patch
 
 Result = tuple[torch.Tensor, torch.Tensor | None]

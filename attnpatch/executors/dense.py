@@ -7,7 +7,7 @@ A name that only another executor knows (see `backends.NAMES`) leaves the choice
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from attnpatch.executors.backends import HALF, first_fit
 from attnpatch.executors.backends import capability as _capability
 from attnpatch.executors.backends import fa4 as _fa4
 from attnpatch.executors.backends import no_cuda_half as _no_cuda_half
+from attnpatch.executors.blocks import By, Result, pack, part_of, place, softmax, spans, visible, without_garbage
 from attnpatch.executors.column_sums import matmul, operand, rows_per_block
 
 SDPA_ROWS = 1024
@@ -27,7 +28,6 @@ SDPA_ROWS = 1024
 TORCH_ROWS = 512
 """Most query rows of one eager block."""
 
-Result = tuple[torch.Tensor, torch.Tensor | None]
 _ALL = Selection()
 
 
@@ -107,22 +107,6 @@ def _not_torch(c: _Call) -> str | None:
     return None
 
 
-# ---- shared pieces ----
-
-
-class _By:
-    """A ctx together with what a Selection says by position."""
-
-    def __init__(self, ctx: Any, selection: Any) -> None:
-        self.q_pos, self.mask, self.scaling, self.softcap = ctx.q_pos, ctx.mask, ctx.scaling, ctx.softcap
-        self.window, self.part = ctx.window, selection
-
-
-def _part(ctx: Any) -> Any:
-    """The Selection whose sink, window and skip apply, or None."""
-    return getattr(ctx, "part", None)
-
-
 def _rows(q: torch.Tensor, kv: Any, rows: slice, ctx: Any) -> tuple[torch.Tensor, Any, Any]:
     """Only the query rows of a slice, over the keys that causality leaves them."""
     start, stop, _ = rows.indices(q.shape[2])
@@ -133,74 +117,6 @@ def _rows(q: torch.Tensor, kv: Any, rows: slice, ctx: Any) -> tuple[torch.Tensor
     ctx.q_pos = None if ctx.q_pos is None else ctx.q_pos[:, start:stop]
     ctx.mask = None if ctx.mask is None else ctx.mask[:, :, start:stop, :end]
     return part, kv, ctx
-
-
-def _pack(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[B, Hq, r, D] -> [B, Hkv, G*r, D]: query heads of a kv head become rows, so keys are never repeated."""
-    return q.reshape(q.shape[0], kv_heads, -1, q.shape[-1])
-
-
-def _blocks(q: torch.Tensor, kv: Any, ctx: Any, step: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first row, end row, first key, end key) of query blocks; the key range holds all that the rows can see."""
-    rows, slots = q.shape[2], kv.k.shape[2]
-    causal = not kv.holes and ctx.mask is None
-    part = _part(ctx)
-    window = ctx.window if part is None else 0 if part.sink else part.window
-    ordered = not kv.holes and getattr(kv, "ordered", rows == slots)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        # positions ascend at least as fast as slots: what is in the window is within as many slots
-        first = max(0, slots - rows + start - window + 1) if window and ordered else 0
-        end = slots - rows + stop if causal else slots
-        if ordered and part is not None and part.sink and not part.window:
-            end = min(end, part.sink)
-        yield start, stop, first, end
-
-
-def _seen(kv: Any, ctx: Any, span: tuple[int, int, int, int], offset: int) -> torch.Tensor | None:
-    """bool [B|1, 1|Hkv, rows, keys] of a block, None where all is visible. offset = S - T."""
-    start, stop, first, end = span
-    pos: Any = None
-    row: Any = None
-    seen: torch.Tensor | None = None
-    part = _part(ctx)
-    if kv.holes or ctx.window is not None or part is not None:  # elsewhere slots say it all; positions need not exist
-        pos, row = kv.pos[:, :, None, first:end], ctx.q_pos[:, None, start:stop, None]
-    if ctx.mask is not None:
-        seen = ctx.mask[:, :, start:stop, first:end]
-        seen = seen & (pos >= 0) if kv.holes else seen
-    elif kv.holes:
-        seen = (pos >= 0) & (pos <= row)
-    elif stop - start > 1:  # a single row ends its own key range
-        slot = torch.arange(first, end, device=kv.k.device)
-        seen = (slot <= torch.arange(start, stop, device=slot.device)[:, None] + offset)[None, None]
-    if ctx.window is not None:
-        near = row - pos < ctx.window
-        seen = near if seen is None else seen & near
-    if part is not None:
-        near = pos >= part.skip
-        if part.sink or part.window:
-            near = near & ((pos < part.sink) | (row - pos < part.window))
-        seen = near if seen is None else seen & near
-    return seen
-
-
-def _without_garbage(x: torch.Tensor, kv: Any) -> torch.Tensor:
-    """x [B, Hkv, S, D] with zeros in empty slots: a zero weight times NaN would still be NaN."""
-    if not kv.holes or getattr(kv, "clean", False):
-        return x
-    return x.masked_fill((kv.pos < 0)[..., None], 0.0)
-
-
-def _place(out: torch.Tensor | None, part: torch.Tensor, q: torch.Tensor, start: int) -> torch.Tensor:
-    """Put a block [B, Hkv, G*r, D] into out [B, T, Hq, D] (made when None); a block of all rows is only viewed."""
-    part = part.reshape(q.shape[0], q.shape[1], -1, part.shape[-1]).transpose(1, 2)  # [B, r, Hq, D of the values]
-    if part.shape[1] == q.shape[2]:
-        return part.to(q.dtype)
-    if out is None:
-        out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], part.shape[-1]))
-    out[:, start : start + part.shape[1]] = part
-    return out
 
 
 # ---- the backends: (q, kv, ctx, want_lse) -> (out [B, T, Hq, D], lse [B, Hq, T] or None) ----
@@ -234,74 +150,64 @@ def _run_cudnn(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
 
 def _run_flash(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
     single = q.shape[2] == 1  # then all keys are visible and the heads can be packed as rows
-    query = _pack(q, kv.k.shape[1]) if single else q
+    query = pack(q, kv.k.shape[1]) if single else q
     # the op itself: SDPA would prefer cuDNN, which plans anew for every length (tens of ms a decode step).
     # Its causality is bottom-right aligned, and it takes fewer kv heads.
     op = torch.ops.aten._scaled_dot_product_flash_attention
     out, lse, *_ = op(query, kv.k, kv.v, 0.0, not single, scale=ctx.scaling)
-    return _place(None, out, q, 0), lse.reshape(q.shape[:3]) if want_lse else None
+    return place(None, out, q, 0), lse.reshape(q.shape[:3]) if want_lse else None
 
 
 def _run_sdpa(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
     (heads, rows), (kv_heads, slots) = q.shape[1:3], kv.k.shape[1:3]
     group = heads // kv_heads
-    plain = not kv.holes and ctx.mask is None and ctx.window is None and _part(ctx) is None
+    plain = not kv.holes and ctx.mask is None and ctx.window is None and part_of(ctx) is None
     # elsewhere than on a CPU, is_causal may end in the math kernel, which builds T x S
     if plain and rows == slots and rows > 1 and q.device.type == "cpu":
         full = F.scaled_dot_product_attention(q, kv.k, kv.v, is_causal=True, scale=ctx.scaling, enable_gqa=group > 1)
         return full.transpose(1, 2), None
     # SDPA adds its mask, so NaN keys would leak too
-    keys, values = _without_garbage(kv.k, kv), _without_garbage(kv.v, kv)
+    keys, values = without_garbage(kv.k, kv), without_garbage(kv.v, kv)
     out: torch.Tensor | None = None
-    for span in _blocks(q, kv, ctx, max(1, SDPA_ROWS // group)):
+    for span in spans(q, kv, ctx, max(1, SDPA_ROWS // group)):
         start, stop, first, end = span
-        seen = None if plain and rows == 1 else _seen(kv, ctx, span, slots - rows)
+        seen = None if plain and rows == 1 else visible(kv, ctx, span, slots - rows)
         if seen is not None:  # [B|1, 1|Hkv, r, keys] -> [.., G*r, keys]
             if stop - start > 1 and group > 1:
                 seen = seen[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
             elif seen.shape[2] == 1:
                 seen = seen.expand(-1, -1, group * (stop - start), -1)
         part = F.scaled_dot_product_attention(
-            _pack(q[:, :, start:stop], kv_heads),
+            pack(q[:, :, start:stop], kv_heads),
             keys[:, :, first:end],
             values[:, :, first:end],
             attn_mask=seen,
             scale=ctx.scaling,
         )
-        if seen is not None and (kv.holes or ctx.mask is not None or _part(ctx)):  # rows that see nothing
+        if seen is not None and (kv.holes or ctx.mask is not None or part_of(ctx)):  # rows that see nothing
             part = part.masked_fill(~seen.any(-1, keepdim=True), 0.0)
-        out = _place(out, part, q, start)
+        out = place(out, part, q, start)
     if out is None:
         raise ConfigError("attention over zero queries.")
     return out, None
 
 
-def _eager(logits: torch.Tensor, seen: torch.Tensor | None, want_lse: bool) -> Result:
-    """Softmax of logits [B, Hkv, G, r, keys] over the seen keys, and lse [B, Hkv, G, r]; rows of nothing give zeros."""
-    if seen is None and not want_lse:
-        return torch.softmax(logits, dim=-1), None
-    if seen is not None:
-        logits = torch.where(seen[:, :, None], logits, float("-inf"))  # also replaces NaN logits of empty slots
-    lse = torch.logsumexp(logits, dim=-1)
-    return torch.exp(logits - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]), lse
-
-
 def _run_torch(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
     (batch, heads, rows, _), (kv_heads, slots) = q.shape, kv.k.shape[1:3]
-    keys, values = operand(kv.k).transpose(-1, -2), operand(_without_garbage(kv.v, kv))
+    keys, values = operand(kv.k).transpose(-1, -2), operand(without_garbage(kv.v, kv))
     out: torch.Tensor | None = None
     logsums: list[torch.Tensor] = []
-    for span in _blocks(q, kv, ctx, rows_per_block(batch, heads, slots, TORCH_ROWS)):
+    for span in spans(q, kv, ctx, rows_per_block(batch, heads, slots, TORCH_ROWS)):
         start, stop, first, end = span
-        block = _pack(q[:, :, start:stop], kv_heads)  # [B, Hkv, G*r, D]
+        block = pack(q[:, :, start:stop], kv_heads)  # [B, Hkv, G*r, D]
         logits = matmul(operand(block), keys[..., first:end]) * ctx.scaling
         if ctx.softcap is not None:
             logits = torch.tanh(logits / ctx.softcap) * ctx.softcap
         logits = logits.view(batch, kv_heads, -1, stop - start, end - first)
-        probs, lse = _eager(logits, _seen(kv, ctx, span, slots - rows), want_lse)
+        probs, lse = softmax(logits, visible(kv, ctx, span, slots - rows), want_lse)
         # .to(): half probabilities where the product of halves is fp32; a no-op elsewhere
         part = matmul(probs.flatten(2, 3).to(values.dtype), values[:, :, first:end])
-        out = _place(out, part, q, start)
+        out = place(out, part, q, start)
         if want_lse and lse is not None:
             logsums.append(lse.flatten(1, 2))  # [B, Hq, r]
     if out is None:
@@ -370,7 +276,7 @@ def single(
         return None
     batch, heads, _, dim = q.shape
     kv_heads = k.shape[1]
-    packed = q.view(batch, kv_heads, -1, dim) if q.is_contiguous() else _pack(q, kv_heads)  # [B, Hkv, G, D]
+    packed = q.view(batch, kv_heads, -1, dim) if q.is_contiguous() else pack(q, kv_heads)  # [B, Hkv, G, D]
     if q.device.type != "cuda":
         seen = None if rows is None else rows[0].expand(-1, -1, packed.shape[2], -1)
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scaling)
@@ -411,6 +317,6 @@ def run(
         q, kv, ctx = _rows(q, kv, selection.rows, ctx)
     call = _call(q, kv, selection, ctx, want_lse)
     if call.part:
-        ctx = _By(ctx, selection)
+        ctx = By(ctx, selection)
     name, _ = _decide(call, _backend or os.environ.get("ATTNPATCH_BACKEND") or None)
     return _RUN[name](q, kv, ctx, want_lse)

@@ -10,8 +10,8 @@ import torch
 
 from attnpatch.errors import InputError
 from attnpatch.executors import naive
+from attnpatch.executors.blocks import pack, softmax, without_garbage
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype, matmul, operand, rows_per_block
-from attnpatch.executors.dense import _eager, _pack, _without_garbage
 from attnpatch.executors.lists import one_list, unpack
 
 ROWS = 128
@@ -62,7 +62,7 @@ def _masked(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) 
     if not kv.holes:  # slots say it all, and positions need not exist
         pos = torch.arange(slots, device=q.device).expand(batch, 1, -1)
         q_pos = pos[:, 0, slots - length :]
-    keys, values = operand(kv.k).transpose(-1, -2), operand(_without_garbage(kv.v, kv))
+    keys, values = operand(kv.k).transpose(-1, -2), operand(without_garbage(kv.v, kv))
     outs: list[torch.Tensor] = []
     logsums: list[Any] = []
     for which, start, stop in _steps(selection, stripe.rows, rows_per_block(batch, heads, slots, ROWS)):
@@ -72,10 +72,10 @@ def _masked(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) 
         mask = None if ctx.mask is None else ctx.mask[:, :, rows, :end]
         seen = naive.visible(held, q_pos[:, rows], ctx.window, mask)
         seen = naive._per_query_head(seen, heads) & naive.selected(part, held, q_pos[:, rows], heads)  # [B, Hq, r, end]
-        logits = matmul(operand(_pack(q[:, :, rows], kv_heads)), keys[..., :end]) * ctx.scaling
+        logits = matmul(operand(pack(q[:, :, rows], kv_heads)), keys[..., :end]) * ctx.scaling
         if ctx.softcap is not None:
             logits = torch.tanh(logits / ctx.softcap) * ctx.softcap
-        probs, lse = _eager(logits.view(batch, heads, 1, stop - start, end), seen, True)
+        probs, lse = softmax(logits.view(batch, heads, 1, stop - start, end), seen, True)
         probs = probs.view(batch, kv_heads, -1, end)  # [B, Hkv, G*r, end]
         outs.append(matmul(probs.to(values.dtype), values[:, :, :end]).view(batch, heads, stop - start, -1))
         logsums.append(lse)  # [B, Hq, 1, r]

@@ -7,21 +7,19 @@ line on a toy model; its figures mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from attnpatch import PatchCache, patched, status
-from attnpatch.bench.measure import Clock, environment, interleave, ratio
+from attnpatch.bench.measure import Clock, environment, interleave, parser, ratio
 from attnpatch.bench.shapes import random_model, twin
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
@@ -343,16 +341,11 @@ def measure(sizes: Sizes, clock: Clock, dtype: torch.dtype, write: Callable[[dic
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Measure everything and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a toy model: every line runs, no figure means anything")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=150, help="measuring stops adding repeats after this long")
-    parser.add_argument("--commit", help="commit to record where git cannot tell")
-    args = parser.parse_args(argv)
+    arguments = parser(__doc__)
+    args = arguments.parse_args(argv)
     device = torch.device(args.device)
     if device.type != "cuda" and not args.quick:
-        parser.error("an 8B shape needs a GPU; on a CPU give --quick")
+        arguments.error("an 8B shape needs a GPU; on a CPU give --quick")
     clock, started = Clock(device, args.seconds), time.monotonic()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     head = {**environment(device, args.commit), "quick": args.quick, "dtype": str(dtype).removeprefix("torch.")}

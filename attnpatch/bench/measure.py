@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,17 @@ class Clock:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """What the scripts that time kernels and models have in common on their command line."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--quick", action="store_true", help="a toy size: every line runs, no figure means anything")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--seconds", type=float, default=150, help="measuring stops adding repeats after this long")
+    made.add_argument("--commit", help="commit to record where git cannot tell")
+    return made
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:

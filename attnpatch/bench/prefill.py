@@ -7,19 +7,17 @@ computing, and each dense backend that is usable, in turn in one run. On a GPU B
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from attnpatch.api import resolve
 from attnpatch.bench.engine import backend_output, peak_memory
-from attnpatch.bench.measure import Clock, environment, interleave, ratio
+from attnpatch.bench.measure import Clock, environment, interleave, parser, ratio
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.executors import column_sums, dense, dispatch
@@ -132,17 +130,14 @@ def scoring(q: torch.Tensor, kv: KV, ctx: Ctx) -> dict[str, Callable[[], Any]]:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Measure every length and write the JSON after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="short prompts: every line runs, no figure means anything")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=150, help="measuring stops adding repeats after this long")
-    parser.add_argument("--lengths", type=int, nargs="*", help="prompt lengths")
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--commit", help="commit to record where git cannot tell")
-    args = parser.parse_args(argv)
+    arguments = parser(__doc__)
+    arguments.add_argument("--lengths", type=int, nargs="*", help="prompt lengths")
+    arguments.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    arguments.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
+    arguments.add_argument("--repeats", type=int, default=9)
+    args = arguments.parse_args(argv)
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     clock, started = Clock(device, args.seconds), time.monotonic()

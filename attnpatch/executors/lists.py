@@ -41,6 +41,13 @@ def unpack(index: torch.Tensor, count: torch.Tensor | None, pages: int) -> torch
     return chosen.scatter_(-1, torch.where(meant, index, pages).long(), True)[..., :pages]
 
 
+def spread(x: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
+    """[B|1, H, ...] -> [B, heads, ...], head h from h // (heads // H); only viewed where H is 1 or heads."""
+    if x.shape[1] not in (1, heads):
+        x = x.repeat_interleave(heads // x.shape[1], dim=1)
+    return x.expand(batch, heads, *x.shape[2:])
+
+
 def one_list(selection: Any, which: int, end: int) -> Any:
     """The Selection of the rows of one list, over the first `end` keys only."""
     index, count, columns = selection.index, selection.count, selection.columns

@@ -9,6 +9,7 @@ import torch
 from attnpatch.errors import ConfigError
 from attnpatch.executors.backends import capability, has_triton, too_old
 from attnpatch.executors.column_sums import compute_dtype, matmul, operand, rows_per_block
+from attnpatch.executors.lists import spread
 
 LEAST = 1e-6
 """Smallest weight of a row's other keys that takes all that "give_back" frees (see `least`)."""
@@ -147,7 +148,7 @@ def _find(kv: Any, columns: torch.Tensor, heads: int) -> tuple[torch.Tensor, tor
     if aligned and getattr(kv, "clean", False):
         return columns, columns
     pos = columns.expand(kv.k.shape[0], kv_heads if columns.shape[1] in (1, kv_heads) else heads, -1)
-    here = _per_head(kv.pos, pos.shape[1]).expand(pos.shape[0], -1, -1)  # [B, H', S]
+    here = spread(kv.pos, pos.shape[0], pos.shape[1])  # [B, H', S]
     if aligned:
         slot = pos.clamp(0, kv.k.shape[2] - 1).long()
         held = here.gather(-1, slot) == pos
@@ -171,8 +172,3 @@ def _columns(q: torch.Tensor, kv: Any, decision: Any) -> _Columns:
     factor = decision.factor.to(values.dtype)
     factor = factor.repeat_interleave(heads // factor.shape[1], dim=1).view(-1, kept, heads // kept, 1, pos.shape[-1])
     return _Columns(pos, slot, operand(keys).transpose(-1, -2), values, factor)
-
-
-def _per_head(pos: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, 1|Hkv, S] -> [B, heads, S]."""
-    return pos.expand(-1, heads, -1) if pos.shape[1] == 1 else pos.repeat_interleave(heads // pos.shape[1], dim=1)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from attnpatch.errors import ConfigError, InputError, VersionError
 from attnpatch.executors.backends import capability, has_triton, not_half, too_old
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
+from attnpatch.executors.lists import spread
 
 TILE_ROWS = 128
 """Most query rows of one tile (half as many for head dimensions above 128)."""
@@ -126,13 +127,6 @@ def _check(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> None:
             raise InputError(f"{name} of shape {tuple(x.shape)} does not fit; expected {wanted}.")
 
 
-def _spread(x: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
-    """[B|1, H, ...] -> [B, heads, ...], head h from h // (heads // H); only viewed where H is 1 or heads."""
-    if x.shape[1] not in (1, heads):
-        x = x.repeat_interleave(heads // x.shape[1], dim=1)
-    return x.expand(batch, heads, *x.shape[2:])
-
-
 def _meant(index: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
     """bool [..., W]: entries that count, each page once. index ascending int [..., W], count int [...]."""
     fresh = torch.ones_like(index, dtype=torch.bool)
@@ -155,11 +149,11 @@ def _lists(selection: Any, batch: int, slots: int) -> Lists:
     if index is None:
         return Lists(None, None, columns, None)
     heads = max(index.shape[1], columns.shape[1])
-    pages, meant = _spread(index, batch, heads), None
+    pages, meant = spread(index, batch, heads), None
     if count is not None:
-        meant = torch.arange(index.shape[3], device=index.device) < _spread(count, batch, heads)[..., None]
+        meant = torch.arange(index.shape[3], device=index.device) < spread(count, batch, heads)[..., None]
         pages = torch.where(meant, pages, slots)  # behind every page, so still ascending
-    wanted = (_spread(columns, batch, heads) // selection.page)[:, :, None].expand(-1, -1, pages.shape[2], -1)
+    wanted = (spread(columns, batch, heads) // selection.page)[:, :, None].expand(-1, -1, pages.shape[2], -1)
     pages, wanted = pages.contiguous(), wanted.contiguous()
     place = torch.searchsorted(pages, wanted, out_int32=True).clamp(max=pages.shape[3] - 1)
     return Lists(index, count, columns, pages.gather(-1, place.long()) == wanted)
@@ -184,17 +178,17 @@ def _named(lists: Lists, page: int, which: torch.Tensor, heads: int, slots: int)
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     if lists.index is not None:
         batch = lists.index.shape[0]
-        index = _spread(lists.index, batch, heads)[:, :, which]  # [B, heads, r, W]
-        count = None if lists.count is None else _spread(lists.count, batch, heads)[:, :, which]
+        index = spread(lists.index, batch, heads)[:, :, which]  # [B, heads, r, W]
+        count = None if lists.count is None else spread(lists.count, batch, heads)[:, :, which]
         slot = index[..., None] * page + torch.arange(page, device=index.device)  # [B, heads, r, W, page]
         ok = _meant(index, count)[..., None] & (slot < slots) & (slot >= 0)
         parts.append((slot.flatten(-2), ok.flatten(-2)))
     if lists.columns is not None:
         batch = lists.columns.shape[0]
-        slot = _spread(lists.columns, batch, heads)[:, :, None].expand(-1, -1, which.shape[0], -1)
+        slot = spread(lists.columns, batch, heads)[:, :, None].expand(-1, -1, which.shape[0], -1)
         ok = slot < slots
         if lists.repeated is not None:
-            ok = ok & ~_spread(lists.repeated, batch, heads)[:, :, which]
+            ok = ok & ~spread(lists.repeated, batch, heads)[:, :, which]
         parts.append((slot, ok))
     if not parts:
         empty = torch.zeros(1, heads, which.shape[0], 0, dtype=torch.int32, device=which.device)
@@ -274,7 +268,7 @@ def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: boo
     own = max([kv_heads, *(x.shape[1] for x in (lists.index, lists.columns) if x is not None)])  # heads with own lists
     group, ordered, offset = heads // own, aligned(q, kv), slots - total + tiles.first
     pos, q_pos = _positions(q, kv, ctx, tiles)
-    pos, q_pos = _spread(_spread(pos, batch, kv_heads), batch, own), q_pos.to(pos.dtype)  # [B, own, S], [B|1, rows]
+    pos, q_pos = spread(spread(pos, batch, kv_heads), batch, own), q_pos.to(pos.dtype)  # [B, own, S], [B|1, rows]
     pad = tiles.count * tiles.tile - tiles.rows
     rows = F.pad(q[:, :, tiles.first : tiles.first + tiles.rows], (0, 0, 0, pad))
     rows = rows.view(batch, own, group, tiles.count, tiles.tile, dim).transpose(2, 3)

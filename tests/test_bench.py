@@ -67,16 +67,41 @@ def test_quality_stops_in_time(tmp_path):
     assert result["stopped_early"] and all(row["n"] == 0 for row in result["rows"])
 
 
+def test_quality_of_methods_that_keep_all(tmp_path):
+    out = tmp_path / "quality.json"
+    quality.main(["--tiny", "--device", "cpu", "--methods", "minference", "snapkv", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["method"] for row in rows[:3]] == ["dense", "minference", "snapkv"]
+    assert "budget" not in rows[1] and rows[2]["budget"] == 0.1
+    assert rows[0]["over_dense"][0] == 0 and rows[0]["over_dense"][1] < 0 < rows[0]["over_dense"][2]
+
+
+def test_the_paired_difference():
+    dense = [True] * 10
+    assert quality.paired(dense, dense)[0] == 0
+    difference, low, high = quality.paired([False] * 5 + [True] * 5, dense)
+    assert difference == -0.5 and -0.9 < low < -0.5 < high < 0
+    assert quality.paired([], []) == (0.0, -1.0, 1.0)
+
+
+def test_tasks_on_the_command_line(capsys):
+    assert quality.Task.parse("vt:4096:4:200:64") == quality.Task("vt", 4096, 4, 200, 64)
+    for wrong in ("vt:4096:4:200", "haystack:4096:4:200:64", "vt:4096:4:200:0"):
+        with pytest.raises(SystemExit):
+            quality.parse(["--out", "x.json", "--tasks", wrong])
+        assert "KIND:TOKENS:KEYS:SAMPLES:BATCH" in capsys.readouterr().err
+
+
 def test_right_answers_are_counted():
     model = random_model("tiny", dtype=torch.float32, device="cpu")
     prompts, _ = quality.RandomCases().batch(quality.Task("needle", 40, 1, 2, 2), 0, 2)
     greedy = shared.greedy(model, prompts, 3).tolist()
     wrong = [(greedy[1][0] + 1) % 4096, *greedy[1][1:]]
     methods = [quality.Method("snapkv", 1.0), quality.Method("dense")]
-    seconds = dict.fromkeys(methods, 0.0)
-    assert quality.correct(model, methods, prompts, [greedy[0], wrong], seconds) == [1, 1]
-    assert quality.correct(model, methods, prompts, greedy, seconds) == [2, 2]
-    assert all(seconds.values())
+    tally = quality.Tally()
+    assert quality.correct(model, methods, prompts, [greedy[0], wrong], tally) == [[True, False]] * 2
+    assert quality.correct(model, methods, prompts, greedy, tally) == [[True, True]] * 2
+    assert all(tally.seconds[m] for m in methods)
 
 
 @pytest.fixture(scope="module")

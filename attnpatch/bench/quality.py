@@ -1,9 +1,11 @@
-"""What eviction costs in answers: `python -m attnpatch.bench.quality --out FILE.json [--device cuda]`.
+"""What a method costs in answers: `python -m attnpatch.bench.quality --out FILE.json [--device cuda]`.
 
 Every method answers the same prompts of the embedded model's tasks by greedy `generate`; an answer counts only if all
 its tokens are right. Batches go through all methods in turn, so a run that stops early has equal counts for all; the
-methods share one dense prefill of a batch (`attnpatch.bench.shared`), which gives the answers of plain `generate`.
-`--tiny` is a dry run on a random toy model; its figures mean nothing.
+evicting methods share one dense prefill of a batch (`attnpatch.bench.shared`), which gives the answers of plain
+`generate`. Without --methods all evicting ones run at the budgets of the table; methods that keep the whole cache
+(`--methods flexprefill hip`) run with their recipe. `--tiny` is a dry run on a random toy model; its
+figures mean nothing.
 """
 
 from __future__ import annotations
@@ -12,23 +14,30 @@ import argparse
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from attnpatch.api import resolve
+from attnpatch.api import patched, resolve
 from attnpatch.bench import shared
 from attnpatch.bench.measure import environment
 from attnpatch.bench.shapes import SHAPES, random_model
 from attnpatch.errors import ConfigError
 from attnpatch.patch import Patch
+from attnpatch.recipe import load_recipe
+from attnpatch.report import status
 from attnpatch.testbed import tasks
 
 METHODS = ("snapkv", "pyramidkv", "h2o", "streamingllm", "random")
 BUDGETS = (0.02, 0.05, 0.10, 0.25)
+TASKS = (
+    "needle:4096:1:200:64", "needle:4096:16:200:64", "vt:4096:4:200:64", "lines:4096:1:200:64",
+    "needle:16384:1:100:16", "needle:16384:16:100:16",
+)  # fmt: skip
 WINDOWS = {"snapkv": 32, "pyramidkv": 8, "random": 32}  # the methods' own window_size
 SEED = 500_000
 
@@ -47,20 +56,31 @@ class Task:
     def label(self) -> str:
         return f"{self.kind} {self.length} keys={self.keys}"
 
+    @classmethod
+    def parse(cls, text: str) -> Task:
+        """From KIND:TOKENS:KEYS:SAMPLES:BATCH."""
+        kind, *numbers = text.split(":")
+        if kind not in tasks.KINDS or len(numbers) != 4 or not all(n.isdigit() and int(n) for n in numbers):
+            allowed = ", ".join(tasks.KINDS)
+            raise argparse.ArgumentTypeError(f"{text!r}; give KIND:TOKENS:KEYS:SAMPLES:BATCH, KIND one of {allowed}")
+        return cls(kind, *map(int, numbers))
+
 
 @dataclass(frozen=True)
 class Method:
-    """One patch with its budget; name "dense" = un-patched."""
+    """One patch with its budget, or with its recipe where it has none; name "dense" = un-patched."""
 
     name: str
-    budget: float = 1.0
+    budget: float | None = None
 
     @property
     def label(self) -> str:
-        return self.name if self.name == "dense" else f"{self.name} {self.budget:.0%}"
+        return self.name if self.budget is None else f"{self.name} {self.budget:.0%}"
 
     def options(self, length: int) -> dict[str, Any]:
         """Hyperparameters for prompts of `length` tokens; the window takes at most half of the budget."""
+        if self.budget is None:
+            return {} if self.name == "dense" else dict(load_recipe(self.name).hyperparameters)
         values: dict[str, Any] = {"budget": self.budget}
         if self.name in WINDOWS:
             capacity = math.ceil(self.budget * length)
@@ -70,6 +90,14 @@ class Method:
     def patch(self, length: int) -> Patch:
         """The patch itself for prompts of `length` tokens."""
         return resolve(self.name, **self.options(length))[0]
+
+
+@dataclass
+class Tally:
+    """By method: seconds spent, and the share of pages attended by each layer that lists pages, over all batches."""
+
+    seconds: dict[Method, float] = field(default_factory=lambda: defaultdict(float))
+    attended: dict[Method, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 class Cases:
@@ -98,14 +126,14 @@ class RandomCases(Cases):
 
 
 def correct(
-    model: Any, methods: list[Method], prompts: torch.Tensor, wanted: list[list[int]], seconds: dict[Method, float]
-) -> list[int]:
-    """How many prompts the model answers exactly under each method; halves the batch when memory runs out.
+    model: Any, methods: list[Method], prompts: torch.Tensor, wanted: list[list[int]], tally: Tally
+) -> list[list[bool]]:
+    """By method, whether each prompt is answered exactly; halves the batch when memory runs out.
 
-    Adds to `seconds`; a prefill that methods share is split evenly among them.
+    Adds to `tally`; a prefill that methods share is split evenly among them.
     """
     try:
-        hits = _correct(model, methods, prompts.to(model.device), wanted, seconds)
+        hits = _correct(model, methods, prompts.to(model.device), wanted, tally)
     except torch.OutOfMemoryError:
         hits = None
     if hits is None:
@@ -113,26 +141,34 @@ def correct(
             raise ConfigError(f"one prompt of {prompts.shape[1]} tokens does not fit in memory.")
         torch.cuda.empty_cache()
         half = len(prompts) // 2
-        parts = (correct(model, methods, prompts[s], wanted[s], seconds) for s in (slice(half), slice(half, None)))
-        return [sum(pair) for pair in zip(*parts, strict=True)]
+        parts = (correct(model, methods, prompts[s], wanted[s], tally) for s in (slice(half), slice(half, None)))
+        return [first + second for first, second in zip(*parts, strict=True)]
     return [hits[m] for m in methods]
 
 
 def _correct(
-    model: Any, methods: list[Method], prompts: torch.Tensor, wanted: list[list[int]], seconds: dict[Method, float]
-) -> dict[Method, int]:
+    model: Any, methods: list[Method], prompts: torch.Tensor, wanted: list[list[int]], tally: Tally
+) -> dict[Method, list[bool]]:
     tokens, hits = max(map(len, wanted)), {}
 
     def count(method: Method, since: float, lines: list[list[int]], shared_seconds: float = 0.0) -> None:
-        hits[method] = sum(line[: len(answer)] == answer for line, answer in zip(lines, wanted, strict=True))
-        seconds[method] += time.monotonic() - since + shared_seconds
+        hits[method] = [line[: len(answer)] == answer for line, answer in zip(lines, wanted, strict=True)]
+        tally.seconds[method] += time.monotonic() - since + shared_seconds
 
-    for dense in (m for m in methods if m.name == "dense"):
-        since = time.monotonic()
-        count(dense, since, shared.greedy(model, prompts, tokens).tolist())
     patches = {m: m.patch(prompts.shape[1]) for m in methods if m.name != "dense"}
+    for method in methods:
+        if method.budget is None:
+            since = time.monotonic()
+            if method.name == "dense":
+                count(method, since, shared.greedy(model, prompts, tokens).tolist())
+                continue
+            with patched(model, patches[method]):
+                count(method, since, shared.greedy(model, prompts, tokens).tolist())
+                tally.attended[method] += [
+                    x.density.mean().item() for x in status(model).layers if x.density is not None
+                ]
     groups: dict[Any, list[Method]] = {}
-    for method, patch in patches.items():
+    for method, patch in ((m, p) for m, p in patches.items() if m.budget is not None):
         groups.setdefault(shared.kind(patch), []).append(method)
     for group in groups.values():
         since = time.monotonic()
@@ -154,6 +190,22 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
+def paired(method: list[bool], dense: list[bool], z: float = 1.96) -> tuple[float, float, float]:
+    """Accuracy of `method` minus that of `dense` on the same prompts, and its 95 % interval.
+
+    The Wald interval for paired proportions with half a count added to each cell (Agresti and Min, 2005), which keeps a
+    width where both agree everywhere.
+    """
+    n = len(dense)
+    if n == 0:
+        return 0.0, -1.0, 1.0
+    won = sum(m and not d for m, d in zip(method, dense, strict=True))
+    lost = sum(d and not m for m, d in zip(method, dense, strict=True))
+    b, c, total = won + 0.5, lost + 0.5, n + 2
+    middle, half = (b - c) / total, z * math.sqrt(b + c - (b - c) ** 2 / total) / total
+    return (won - lost) / n, middle - half, middle + half
+
+
 def plan(task_list: list[Task]) -> Iterator[tuple[Task, int, int]]:
     """(task, first sample, count): the tasks advance in equal shares, so an early stop leaves some of each."""
     rounds = []
@@ -170,8 +222,8 @@ class Run:
     def __init__(self, task_list: list[Task], methods: list[Method]) -> None:
         self.tasks, self.methods = task_list, methods
         self.n = dict.fromkeys(task_list, 0)
-        self.hits = {(t, m): 0 for t in task_list for m in methods}
-        self.seconds = dict.fromkeys(methods, 0.0)
+        self.hits: dict[tuple[Task, Method], list[bool]] = {(t, m): [] for t in task_list for m in methods}
+        self.tallies = {t: Tally() for t in task_list}
         self.stopped = ""
 
     def go(self, model: Any, cases: Cases, end: float) -> None:
@@ -183,38 +235,45 @@ class Run:
                 self.stopped = "time ran out; n says how many samples each row has"
                 continue
             prompts, wanted = cases.batch(task, first, count)
-            got = correct(model, self.methods, prompts, wanted, self.seconds)
+            got = correct(model, self.methods, prompts, wanted, self.tallies[task])
             for method, hits in zip(self.methods, got, strict=True):
                 self.hits[task, method] += hits
             self.n[task] += count
             slowest[task] = max(slowest.get(task, 0.0), time.monotonic() - start)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per task and method: counts, accuracy and its 95 % Wilson interval."""
+        """One row per task and method: counts, accuracy with its 95 % Wilson interval, and the difference to dense."""
         rows = []
         for task in self.tasks:
             for method in self.methods:
-                hits, n = self.hits[task, method], self.n[task]
+                right, n = self.hits[task, method], self.n[task]
+                hits, pages = sum(right), self.tallies[task].attended[method]
                 low, high = wilson(hits, n)
                 options = {} if method.name == "dense" else method.options(task.length)
                 rows.append(
                     {"task": task.kind, "tokens": task.length, "keys": task.keys, "method": method.name, **options,
                      "n": n, "correct": hits, "accuracy": round(hits / max(1, n), 4),
-                     "low": round(low, 4), "high": round(high, 4)}
+                     "low": round(low, 4), "high": round(high, 4),
+                     **({"attended": round(sum(pages) / len(pages), 4)} if pages else {}),
+                     "over_dense": [round(x, 4) for x in paired(right, self.hits[task, self.methods[0]])]}
                 )  # fmt: skip
         return rows
 
 
 def task_list(args: argparse.Namespace) -> list[Task]:
-    """What is asked. 16k prompts get half the batch at four times the length."""
+    """What is asked."""
     if args.tiny:
         return [Task("needle", 256, 1, 2, 2), Task("lines", 256, 1, 2, 2), Task("needle", 384, 2, 2, 2)]
-    small, large = args.batch_4k, args.batch_16k
-    four = [("needle", 1), ("needle", 16), ("vt", 4), ("lines", 1)]
-    return [
-        *(Task(kind, 4096, keys, args.samples_4k, small) for kind, keys in four if args.samples_4k),
-        *(Task("needle", 16384, keys, args.samples_16k, large) for keys in (1, 16) if args.samples_16k),
-    ]
+    return args.tasks or [Task.parse(text) for text in TASKS]
+
+
+def method_list(args: argparse.Namespace) -> list[Method]:
+    """Un-patched first, then what is asked: evicting methods at every budget, others once."""
+    made, budgets = [Method("dense")], (0.10,) if args.tiny else BUDGETS
+    for name in args.methods or METHODS:
+        evicts = "keep" in resolve(name)[0].hooks()
+        made += [Method(name, budget) for budget in budgets] if evicts else [Method(name)]
+    return made
 
 
 def read_books(paths: list[Path]) -> list[str] | None:
@@ -243,20 +302,16 @@ def load(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Cases, str]
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--samples-4k", type=int, default=200, help="samples of each 4k task")
-    parser.add_argument("--samples-16k", type=int, default=100, help="samples of each 16k task")
-    parser.add_argument("--batch-4k", type=int, default=64)
-    parser.add_argument("--batch-16k", type=int, default=16)
+    parser.add_argument("--methods", nargs="*", help=f"default: {' '.join(METHODS)}")
+    shape = "KIND:TOKENS:KEYS:SAMPLES:BATCH"
+    parser.add_argument("--tasks", nargs="*", type=Task.parse, metavar=shape, help=f"default: {' '.join(TASKS)}")
     parser.add_argument("--seconds", type=float, default=200, help="no new batch is started past this time")
     parser.add_argument("--books", type=Path, nargs="*", default=[], help="haystack: text files, or folders of .txt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU")
     parser.add_argument("--tiny", action="store_true", help="dry run on a random toy model")
     parser.add_argument("--commit", help="commit to record where git cannot tell")
-    args = parser.parse_args(argv)
-    if min(args.batch_4k, args.batch_16k) < 1:
-        parser.error("--batch-4k and --batch-16k must be at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -266,9 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model, cases, what = load(args, getattr(torch, dtype))
-    methods = [Method("dense"), *(Method(name, budget) for name in METHODS for budget in BUDGETS)]
-    if args.tiny:
-        methods = [Method("dense"), *(Method(name, 0.10) for name in METHODS)]
+    methods = method_list(args)
     run = Run(task_list(args), methods)
     run.go(model, cases, started + args.seconds)
     body = {
@@ -278,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
         "tiny": args.tiny,
         "stopped_early": run.stopped,
         "seconds": round(time.monotonic() - started, 2),
-        "seconds_by_method": {m.label: round(s, 2) for m, s in run.seconds.items()},
+        "seconds_by_method": {m.label: round(sum(t.seconds[m] for t in run.tallies.values()), 2) for m in methods},
         "rows": run.rows(),
     }
     args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

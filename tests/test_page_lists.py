@@ -12,7 +12,7 @@ from test_pages import DTYPES, choice, every, problem
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, InputError, VersionError
-from attnpatch.executors import dense, lists, naive, pages
+from attnpatch.executors import dense, lists, naive, pages, row_lists
 
 # ---- the choice ----
 
@@ -20,7 +20,9 @@ from attnpatch.executors import dense, lists, naive, pages
 def cuda_call(**change):
     plain = dict.fromkeys(["beside", "holes", "softcap", "window", "mask", "want_lse"], False)
     given = {**plain, "device": "cuda", "capability": 9, "dtype": torch.bfloat16, "dim": 128, "page": 128, "bq": 128}
-    return pages._Call(**{**given, **change})
+    given |= change
+    fine = row_lists.Call(*(given[n] for n in ("device", "capability", "dtype", "dim")), True, False, given["window"])
+    return pages._Call(**given, fine=fine)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def cuda_call(**change):
         ({"page": 64, "bq": 64}, True, "fa4"),
         ({"page": 32}, True, "flex"),
         ({"bq": 32}, True, "flex"),
-        ({"page": 24}, True, "torch"),
+        ({"page": 24}, True, "triton"),
         ({"dim": 256}, True, "flex"),
         ({"dim": 80}, True, "flex"),
         ({"capability": 8}, True, "flex"),
@@ -41,19 +43,18 @@ def cuda_call(**change):
         ({"capability": 10, "bq": 256}, True, "fa4"),
         ({"dtype": torch.float32}, True, "flex"),
         ({"dtype": torch.float64}, True, "torch"),
+        ({"capability": 7, "page": 24}, True, "torch"),
         ({"page": 0}, True, "torch"),
-        *[({beside: True}, True, "torch") for beside in ("beside", "holes", "softcap", "window", "mask")],
+        *[({beside: True}, True, "triton") for beside in ("beside", "holes", "softcap")],
+        *[({beside: True}, True, "torch") for beside in ("window", "mask")],
     ],
     ids=lambda x: "+".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x),
 )
 def test_choice_on_cuda(change, fa4, name, monkeypatch):
     monkeypatch.setattr(pages, "fa4", lambda: object() if fa4 else None)
+    monkeypatch.setattr(row_lists, "has_triton", lambda: True)
     monkeypatch.setattr(pages, "_chosen", {})
-    chosen, reason = pages._decide(cuda_call(**change), None)
-    if name == "flex":  # fits, but is taken only when asked for until it is proved on CUDA
-        assert chosen == "torch" and "not flex: not proved on CUDA yet" in reason
-        chosen, _ = pages._decide(cuda_call(**change), "flex")
-    assert chosen == name
+    assert pages._decide(cuda_call(**change), None)[0] == name
 
 
 def test_choice_on_cpu_and_its_reason():
@@ -61,7 +62,7 @@ def test_choice_on_cpu_and_its_reason():
     name, reason = pages.choose(q, kv, choice(q, kv, page=16, bq=16), ctx)
     assert name == "torch" and "not fa4: needs CUDA capability >= 9, this is cpu" in reason
     assert "not flex: compiled for CUDA" in reason
-    assert [name for name, _, _ in pages.backends()] == ["fa4", "flex", "torch"]
+    assert [name for name, _, _ in pages.backends()] == ["fa4", "flex", "triton", "torch"]
 
 
 def test_forced_backend(monkeypatch):

@@ -223,13 +223,13 @@ def test_choice_and_its_reason(monkeypatch):
     q, kv, ctx = problem(7, 12)
     selection = lists(q, kv)
     assert row_lists.choose(q, kv, selection, ctx) == (
-        "torch", "not triton: needs CUDA capability >= 8, this is cpu"
+        "torch", "the fastest that fits; not triton: needs CUDA capability >= 8, this is cpu"
     )  # fmt: skip
     monkeypatch.setenv("ATTNPATCH_BACKEND", "torch")
-    assert row_lists.choose(q, kv, selection, ctx) == ("torch", "forced")
-    with pytest.raises(ConfigError, match="triton backend cannot do this call: needs CUDA"):
+    assert row_lists.choose(q, kv, selection, ctx) == ("torch", "forced by ATTNPATCH_BACKEND")
+    with pytest.raises(ConfigError, match="=triton cannot do this call: needs CUDA"):
         row_lists.run(q, kv, selection, ctx, _backend="triton")
-    with pytest.raises(ConfigError, match="'nonsense' is not a backend of row_lists; allowed: triton, torch"):
+    with pytest.raises(ConfigError, match="'nonsense' is not a backend; allowed: fa4, "):
         row_lists.run(q, kv, selection, ctx, _backend="nonsense")
 
 
@@ -241,7 +241,7 @@ def test_choice_and_its_reason(monkeypatch):
 def test_choice_on_cuda(change, why, monkeypatch):
     monkeypatch.setattr(row_lists, "has_triton", lambda: True)
     plain = {"device": "cuda", "capability": 9, "dtype": torch.bfloat16, "dim": 128, "aligned": True}
-    name, reason = row_lists._decide(row_lists._Call(**{**plain, "grad": False, "window": False, **change}), None)
+    name, reason = row_lists._decide(row_lists.Call(**{**plain, "grad": False, "window": False, **change}), None)
     assert name == ("torch" if why else "triton") and (why or "fastest") in reason
 
 
@@ -276,7 +276,7 @@ def interpreted():
     mend_interpreter()
 
     def run(q, kv, selection, ctx, want_lse=False):
-        return row_lists._run_triton(q, kv, selection, ctx, want_lse)
+        return row_lists.run_triton(q, kv, selection, ctx, want_lse)
 
     def compared(q, kv, selection, ctx):
         compare(run, q, kv, selection, ctx)

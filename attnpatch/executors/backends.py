@@ -10,7 +10,7 @@ import torch
 
 from attnpatch.errors import ConfigError, VersionError
 
-NAMES = ("fa4", "cudnn", "flash", "sdpa", "torch", "flex")
+NAMES = ("fa4", "cudnn", "flash", "sdpa", "torch", "flex", "triton")
 """Backends of all executors. An executor that lacks a forced one makes its own choice and says so."""
 HALF = (torch.float16, torch.bfloat16)
 

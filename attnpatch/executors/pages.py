@@ -1,6 +1,7 @@
 """Attention over lists of key pages, one list per block of query rows (Selection with `bq` and `page` of 16 or more).
 
-Set ATTNPATCH_BACKEND to one of fa4, flex, torch to force a backend; a call it cannot do is an error.
+Set ATTNPATCH_BACKEND to one of fa4, flex, triton, torch to force a backend; a call it cannot do is an error. The Triton
+form is that of `row_lists`: it takes what the block-sparse kernels of the libraries do not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from attnpatch.errors import InputError, VersionError
 from attnpatch.executors import pages_torch as torch_form
+from attnpatch.executors import row_lists
 from attnpatch.executors.backends import capability, fa4, first_fit, no_cuda_half
 from attnpatch.executors.pages_torch import Result, Stripe, stripe_of
 
@@ -37,6 +39,7 @@ class _Call(NamedTuple):
     window: bool
     mask: bool
     want_lse: bool
+    fine: row_lists.Call  # what the Triton form goes by
 
 
 def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> _Call:
@@ -65,6 +68,7 @@ def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) ->
         window=ctx.window is not None,
         mask=ctx.mask is not None,
         want_lse=want_lse,
+        fine=row_lists.call(q, kv, ctx),
     )
 
 
@@ -111,10 +115,13 @@ def _not_flex(c: _Call) -> str | None:
 
 
 def _not_flex_unasked(c: _Call) -> str | None:
-    if c.device != "cuda":
-        return "compiled for CUDA; on a CPU only when forced"
-    # one run on an H200 with torch 2.11 ended in a device-side assertion
-    return _not_flex(c) or "not proved on CUDA yet; ATTNPATCH_BACKEND=flex forces it"
+    return _not_flex(c) if c.device == "cuda" else "compiled for CUDA; on a CPU only when forced"
+
+
+def _not_triton(c: _Call) -> str | None:
+    if not c.page:
+        return "needs lists of pages"
+    return "no 4-D mask" if c.mask else row_lists.not_triton(c.fine)
 
 
 def _not_torch(c: _Call) -> str | None:
@@ -251,7 +258,8 @@ def _run_flex(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool
     query = q[:, :, stripe.start : stripe.start + stripe.rows].contiguous()
     keys, values = kv.k[:, :, : stripe.end].contiguous(), kv.v[:, :, : stripe.end].contiguous()
     aux = AuxRequest(lse=True) if want_lse else None
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+    # else the scale becomes a symbol, which the CUDA lowering takes for a whole number
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, specialize_float=True):
         result = _compiled()(query, keys, values, mask, ctx.scaling, options, aux)
     out, lse = (result[0], result[1].lse) if want_lse else (result, None)
     return out.transpose(1, 2), lse
@@ -262,11 +270,13 @@ def _run_flex(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool
 _WHY_NOT: dict[str, Callable[[_Call], str | None]] = {  # fastest first
     "fa4": _not_fa4,
     "flex": _not_flex_unasked,
+    "triton": _not_triton,
     "torch": _not_torch,
 }
 _RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {
     "fa4": _run_fa4,
     "flex": _run_flex,
+    "triton": row_lists.run_triton,
     "torch": torch_form.run,
 }
 _chosen: dict[tuple[_Call, str | None], tuple[str, str]] = {}
@@ -291,6 +301,7 @@ def backends() -> list[tuple[str, bool, str]]:
     call = _Call(
         device=device.type, capability=capability(device), dtype=torch.bfloat16, dim=128, page=128, bq=128,
         beside=False, holes=False, softcap=False, window=False, mask=False, want_lse=False,
+        fine=row_lists.Call(device.type, capability(device), torch.bfloat16, 128, True, False, False),
     )  # fmt: skip
     return [(name, (why := why_not(call)) is None, why or "usable") for name, why_not in _WHY_NOT.items()]
 

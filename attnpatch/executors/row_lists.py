@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnpatch.errors import ConfigError, InputError, VersionError
-from attnpatch.executors.backends import capability, has_triton, not_half, too_old
+from attnpatch.errors import ConfigError, InputError
+from attnpatch.executors.backends import capability, first_fit, has_triton, not_half, too_old
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
 from attnpatch.executors.lists import spread
 
@@ -48,7 +48,7 @@ class Lists:
     repeated: torch.Tensor | None  # bool [B, H, R, C]: the column lies in a page of the list
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """All that the choice depends on."""
 
     device: str
@@ -65,8 +65,8 @@ def aligned(q: torch.Tensor, kv: Any) -> bool:
     return getattr(kv, "complete", False) and (not kv.holes or q.shape[2] == kv.k.shape[2])
 
 
-def _call(q: torch.Tensor, kv: Any, ctx: Any) -> _Call:
-    return _Call(
+def call(q: torch.Tensor, kv: Any, ctx: Any) -> Call:
+    return Call(
         device=q.device.type,
         capability=capability(q.device),
         dtype=q.dtype,
@@ -77,7 +77,8 @@ def _call(q: torch.Tensor, kv: Any, ctx: Any) -> _Call:
     )
 
 
-def _not_triton(c: _Call) -> str | None:
+def not_triton(c: Call) -> str | None:
+    """What stands in the way of the Triton form, or None."""
     if why := too_old(c.device, c.capability, 8) or not_half(c.dtype):
         return why
     if c.dim > 256:
@@ -91,7 +92,7 @@ def _not_triton(c: _Call) -> str | None:
     return None if has_triton() else "triton is not installed"
 
 
-def _not_torch(c: _Call) -> str | None:
+def _not_torch(c: Call) -> str | None:
     return None
 
 
@@ -296,7 +297,8 @@ def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: boo
 # ---- triton ----
 
 
-def _run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
+def run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
+    """`run` by the Triton form."""
     from attnpatch.executors import _row_lists_triton
 
     tiles, lists = _tiles(q, selection), _lists(selection, q.shape[0], kv.k.shape[2])
@@ -305,30 +307,17 @@ def _run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bo
 
 # ---- the choice ----
 
-_WHY_NOT: dict[str, Callable[[_Call], str | None]] = {"triton": _not_triton, "torch": _not_torch}  # fastest first
-_RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {"triton": _run_triton, "torch": _run_torch}
+_WHY_NOT: dict[str, Callable[[Call], str | None]] = {"triton": not_triton, "torch": _not_torch}  # fastest first
+_RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {"triton": run_triton, "torch": _run_torch}
 
 
-def _decide(call: _Call, forced: str | None) -> tuple[str, str]:
-    if forced:
-        if forced not in _RUN:
-            raise ConfigError(f"{forced!r} is not a backend of row_lists; allowed: {', '.join(_RUN)}.")
-        if why := _WHY_NOT[forced](call):
-            kind = VersionError if "not installed" in why else ConfigError
-            raise kind(f"the {forced} backend cannot do this call: {why}. Choose another backend, or none.")
-        return forced, "forced"
-    why = _not_triton(call)
-    return ("torch", f"not triton: {why}") if why else ("triton", "the fastest that fits")
-
-
-def _forced() -> str | None:
-    name = os.environ.get("ATTNPATCH_BACKEND")
-    return name if name in _RUN else None
+def _decide(c: Call, forced: str | None) -> tuple[str, str]:
+    return first_fit(_WHY_NOT, c, forced)
 
 
 def choose(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> tuple[str, str]:
     """(backend, reason) for this call. Never waits for the device."""
-    return _decide(_call(q, kv, ctx), _forced())
+    return _decide(call(q, kv, ctx), os.environ.get("ATTNPATCH_BACKEND") or None)
 
 
 def run(
@@ -341,5 +330,5 @@ def run(
     Raises InputError where shapes do not fit, ConfigError on a dense selection, a 4-D mask, or an unfit forced backend.
     """
     _check(q, kv, selection, ctx)
-    name, _ = _decide(_call(q, kv, ctx), _backend or _forced())
+    name, _ = _decide(call(q, kv, ctx), _backend or os.environ.get("ATTNPATCH_BACKEND") or None)
     return _RUN[name](q, kv, selection, ctx, want_lse)

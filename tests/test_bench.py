@@ -10,7 +10,7 @@ import torch
 import attnpatch
 from attnpatch import testbed
 from attnpatch.api import resolve
-from attnpatch.bench import engine, quality, shared, startup
+from attnpatch.bench import engine, first_token, quality, shared, startup
 from attnpatch.bench.shapes import SHAPES, random_model, twin
 from attnpatch.errors import ConfigError
 
@@ -49,6 +49,14 @@ def test_engine_needs_a_gpu_for_the_full_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         engine.main(["--device", "cpu", "--out", str(tmp_path / "x.json")])
     assert "--quick" in capsys.readouterr().err
+
+
+def test_first_token_quick_run(tmp_path):
+    out = tmp_path / "first_token.json"
+    first_token.main(["--quick", "--device", "cpu", "--lengths", "1500", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert not row["failed"] and set(row["over_stock"]) == {"dense executor", *first_token.METHODS}
+    assert 0 < row["methods"]["flexprefill"]["attended"] < 1
 
 
 def test_quality_tiny_run(tmp_path):

@@ -32,10 +32,13 @@ def random_model(
     layers: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cuda",
+    structured: bool = False,
 ) -> Any:
     """A Llama of `shape` with small normal weights (seed 0), made on `device`, in eval mode.
 
-    layers: number of decoder layers; None = the shape's own. Raises ConfigError for an unknown shape.
+    layers: number of decoder layers; None = the shape's own. structured: queries and keys are noise of unit variance
+    plus one vector that all heads of a layer share, so that a method that looks for a pattern finds one. Raises
+    ConfigError for an unknown shape.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -49,6 +52,7 @@ def random_model(
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        attention_bias=structured,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -56,7 +60,22 @@ def random_model(
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if structured:
+        _share_a_vector(model)
     return model.to(device).eval()
+
+
+@torch.no_grad()
+def _share_a_vector(model: Any) -> None:
+    """Weights and biases of the query and key projections as `random_model` promises."""
+    for layer in model.get_decoder().layers:
+        vector: Any = None
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            heads = projection.out_features // model.config.head_dim
+            if vector is None:
+                vector = torch.randn_like(projection.bias[: model.config.head_dim])
+            projection.weight.normal_(std=projection.in_features**-0.5)
+            projection.bias.copy_(vector.repeat(heads))
 
 
 def twin(model: Any) -> Any:

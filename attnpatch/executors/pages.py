@@ -235,17 +235,16 @@ def _run_flex(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool
 
     stripe = stripe_of(q, kv, selection)
     blocks, size = _split(selection, q.shape[1], stripe), (_block_rows(selection, stripe), selection.page)
-    if q.device.type == "cpu":  # whose kernel insists on lists as wide as the keys
-        wide = -(-stripe.end // selection.page)
-        blocks = blocks._replace(
-            mask_index=F.pad(blocks.mask_index, (0, wide - blocks.mask_index.shape[-1])),
-            full_index=F.pad(blocks.full_index, (0, wide - blocks.full_index.shape[-1])),
-        )
+    # torch 2.11's CUDA kernel reads both lists by the first's strides; the CPU kernel wants them as wide as the keys
+    wide = -(-stripe.end // selection.page) if q.device.type == "cpu" else 0
+    lists = [blocks.mask_index, blocks.full_index]
+    wide = max(wide, *(x.shape[-1] for x in lists))
+    mask_index, full_index = (F.pad(x, (0, wide - x.shape[-1])).contiguous() for x in lists)
     mask = BlockMask.from_kv_blocks(
         blocks.mask_count,
-        blocks.mask_index,
+        mask_index,
         blocks.full_count,
-        blocks.full_index,
+        full_index,
         BLOCK_SIZE=size,
         mask_mod=_causal(torch.full((), stripe.first, device=q.device)),
         seq_lengths=(stripe.rows, stripe.end),
@@ -258,7 +257,7 @@ def _run_flex(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool
     query = q[:, :, stripe.start : stripe.start + stripe.rows].contiguous()
     keys, values = kv.k[:, :, : stripe.end].contiguous(), kv.v[:, :, : stripe.end].contiguous()
     aux = AuxRequest(lse=True) if want_lse else None
-    # else the scale becomes a symbol, which the CUDA lowering takes for a whole number
+    # a constant scale is part of the kernel; a symbol would be an input of its own
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, specialize_float=True):
         result = _compiled()(query, keys, values, mask, ctx.scaling, options, aux)
     out, lse = (result[0], result[1].lse) if want_lse else (result, None)

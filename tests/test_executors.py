@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from varlen import FakeVarlen
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, VersionError
@@ -216,13 +217,15 @@ def cuda_call(**change):
         ({"capability": 8, "square": True}, True, "flash"),
         ({"capability": 7}, True, "sdpa"),
         ({"holes": True}, True, "sdpa"),
+        ({"holes": True, "packed": True}, True, "fa4"),
+        ({"holes": True, "packed": True}, False, "sdpa"),
         ({"mask": True, "want_lse": True}, True, "torch"),
         ({"dtype": torch.float32}, True, "sdpa"),
     ],
     ids=lambda x: "+".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x),
 )
 def test_choice_on_cuda(change, fa4, name, monkeypatch):
-    monkeypatch.setattr(dense, "_fa4", lambda: object() if fa4 else None)
+    monkeypatch.setattr(dense, "_fa4", lambda varlen=False: object() if fa4 else None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     assert dense._first_fit(cuda_call(**change), None)[0] == name
 
@@ -273,12 +276,25 @@ def test_fa4_call(monkeypatch):
     q, kv, ctx = problem(9, 15)
     ctx.window, ctx.softcap = 4, 2.0
     fake = FakeFA4(ctx, kv)
-    monkeypatch.setattr(dense, "_fa4", lambda: fake)
+    monkeypatch.setattr(dense, "_fa4", lambda varlen=False: fake)
     out, lse = dense._run_fa4(q, kv, ctx, True)
     expected = naive.run(q, kv, DENSE, ctx, want_lse=True)
     torch.testing.assert_close((out, lse), expected)
     assert fake.kwargs["window_size"] == (3, 0) and fake.kwargs["softcap"] == 2.0 and fake.kwargs["causal"]
     assert dense._run_fa4(q, kv, ctx, False)[1] is None and "return_lse" not in fake.kwargs
+
+
+def test_fa4_call_of_packed_rows(monkeypatch):
+    q, kv, ctx = problem(9, 15, batch=3)
+    fresh, count = torch.tensor([9, 4, 0], dtype=torch.int32), torch.tensor([15, 7, 5], dtype=torch.int32)
+    slot, row = torch.arange(15), torch.arange(9)
+    kv.pos = torch.where(slot < count[:, None], slot, -1)[:, None]
+    ctx.q_pos = torch.where(row < fresh[:, None], (count - fresh)[:, None] + row, -1)
+    kv.real, kv.holes = (fresh, count), True
+    monkeypatch.setattr(dense, "_fa4", lambda varlen=False: FakeVarlen() if varlen else None)
+    torch.testing.assert_close(dense._run_fa4(q, kv, ctx, True), naive.run(q, kv, DENSE, ctx, want_lse=True))
+    kv = dense._rows(q, kv, slice(2, 5), ctx)[1]
+    assert kv.real is None  # its lengths speak of all rows
 
 
 # ---- column sums ----

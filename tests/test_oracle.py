@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import CONFIGS, run_both
+from varlen import FakeVarlen
 
 import attnpatch
+from attnpatch.executors import dense
 
 # stock eager and stock SDPA differ by up to 3e-5 on these logits (magnitude 10 to 40): fp32 rounding, not a wrong mask
 ATOL = 5e-5
@@ -55,6 +57,18 @@ def test_chunked_padded_prefill(config, patch):
     feeds = ids(2, 15, 15, 10, 1, 1)
     worst, _ = run_both(config, patch, feeds, masks=left_mask(42, 3, 17), prompt_ends=[40] * 5, **PATCHES[patch])
     assert worst < ATOL
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_padded_rows_by_their_lengths(patch, monkeypatch):
+    """What CUDA does with flash-attn-4: each row of a padded batch by its own number of queries and keys."""
+    fake = FakeVarlen()
+    monkeypatch.setattr(dense, "_fa4", lambda varlen=False: fake if varlen else None)
+    monkeypatch.setitem(dense._WHY_NOT, "fa4", lambda c: None if c.packed and not c.part else "not asked for here")
+    monkeypatch.setattr(dense, "_chosen", {})
+    test_left_padded_batch_with_turns("llama", patch)
+    test_chunked_padded_prefill("llama", patch)
+    assert fake.calls > 3
 
 
 @pytest.mark.parametrize("patch", PATCHES)

@@ -124,6 +124,8 @@ def _patched(
     if order is not None:
         q, k, v = (x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (q, k, v))
     kv = layer.append(k, v, call)
+    if layer.count is not None and layer.count.shape[1] == 1 and event != "step":
+        kv.real = call.real(layer.count)
     if kv.holes:
         kv.pos = layer.pos
         q_pos = call.q_pos(q.shape[0], q.device) if q_pos is None else q_pos

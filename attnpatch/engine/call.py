@@ -89,6 +89,7 @@ class KV:
     clean: bool = False  # empty slots hold no NaN
     ordered: bool = False  # slots ascend without gaps, so a window is a range of slots
     aligned: bool = False  # entries lie in the slot of their position
+    real: Any = None  # (queries, keys): int32 [B], tokens of each row where both lie in front, the newest keys last
 
     @property
     def S(self) -> int:
@@ -231,6 +232,11 @@ class Call:
     def fresh(self) -> Tensor:
         """int32 [B, 1] real tokens of each row in this call. Only where there is padding."""
         return self.padding[:, self.before :].sum(-1, keepdim=True, dtype=torch.int32)  # type: ignore[index]
+
+    def real(self, count: Tensor) -> tuple[Tensor, Tensor]:
+        """`KV.real` of a layer with `count` int32 [B, 1] tokens in each row, this call's included."""
+        fresh = torch.full_like(count, self.length) if self.padding is None else self.fresh.to(count.device)
+        return fresh.flatten().contiguous(), count.flatten().contiguous()
 
     @cached_property
     def slots(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,15 +31,15 @@ def has_triton() -> bool:
     return _found["triton"]
 
 
-def fa4() -> Callable[..., Any] | None:
-    """flash_attn.cute.flash_attn_func where FlashAttention 4 is installed."""
-    if "fa4" not in _found:
+def fa4(varlen: bool = False) -> Callable[..., Any] | None:
+    """flash_attn.cute.flash_attn_func (or flash_attn_varlen_func) where FlashAttention 4 is installed."""
+    name = "flash_attn_varlen_func" if varlen else "flash_attn_func"
+    if name not in _found:
         try:
-            from flash_attn.cute import flash_attn_func
+            _found[name] = getattr(import_module("flash_attn.cute"), name)
         except ImportError:
-            flash_attn_func = None
-        _found["fa4"] = flash_attn_func
-    return _found["fa4"]
+            _found[name] = None
+    return _found[name]
 
 
 def too_old(device: str, found: int, needed: int) -> str | None:

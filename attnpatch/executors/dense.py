@@ -46,6 +46,7 @@ class _Call(NamedTuple):
     part: bool  # sink, window or skip of a Selection
     mask: bool
     want_lse: bool
+    packed: bool = False  # padded, each row's tokens in front, the queries' own keys last
     wide: int = 0  # head dimension of the values; 0 = as the keys
 
 
@@ -65,6 +66,7 @@ def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) ->
         part=bool(selection.sink or selection.window or selection.skip),
         mask=ctx.mask is not None,
         want_lse=want_lse,
+        packed=getattr(kv, "real", None) is not None,
     )
 
 
@@ -72,7 +74,7 @@ def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) ->
 
 
 def _not_fa4(c: _Call) -> str | None:
-    if why := _no_cuda_half(c, capability=9, dim=128):
+    if why := _no_cuda_half(c._replace(holes=c.holes and not c.packed), capability=9, dim=128):
         return why
     if c.single:
         return "slower than flash for a single query"
@@ -112,7 +114,7 @@ def _rows(q: torch.Tensor, kv: Any, rows: slice, ctx: Any) -> tuple[torch.Tensor
     start, stop, _ = rows.indices(q.shape[2])
     end = kv.k.shape[2] if kv.holes else kv.k.shape[2] - q.shape[2] + stop
     part, kv, ctx = q[:, :, start:stop], copy(kv), copy(ctx)
-    kv.ordered = getattr(kv, "ordered", q.shape[2] == kv.k.shape[2])
+    kv.ordered, kv.real = getattr(kv, "ordered", q.shape[2] == kv.k.shape[2]), None
     kv.k, kv.v, kv.pos = kv.k[:, :, :end], kv.v[:, :, :end], None if kv.pos is None else kv.pos[..., :end]
     ctx.q_pos = None if ctx.q_pos is None else ctx.q_pos[:, start:stop]
     ctx.mask = None if ctx.mask is None else ctx.mask[:, :, start:stop, :end]
@@ -123,7 +125,8 @@ def _rows(q: torch.Tensor, kv: Any, rows: slice, ctx: Any) -> tuple[torch.Tensor
 
 
 def _run_fa4(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
-    func = _fa4()
+    real = getattr(kv, "real", None)
+    func = _fa4() if real is None else _fa4(varlen=True)
     if func is None:
         raise VersionError("flash_attn.cute is not installed; pip install 'attnpatch[flash]'.")
     result = func(
@@ -135,8 +138,13 @@ def _run_fa4(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
         window_size=(None, None) if ctx.window is None else (ctx.window - 1, 0),
         softcap=0.0 if ctx.softcap is None else ctx.softcap,
         **({"return_lse": True} if want_lse else {}),
+        **({} if real is None else {"seqused_q": real[0], "seqused_k": real[1]}),
     )
     out, lse = result[:2] if isinstance(result, tuple) else (result, None)
+    if real is not None:  # what stands behind a row's tokens was not written
+        pad = torch.arange(q.shape[2], device=q.device) >= real[0][:, None]  # [B, T]
+        out = out.masked_fill(pad[..., None, None], 0.0)
+        lse = None if lse is None else lse.masked_fill(pad[:, None], float("-inf"))
     return out, lse if want_lse else None
 
 

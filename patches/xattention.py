@@ -68,7 +68,7 @@ class XAttention(Patch):
         return self._stripes(q, kv, ctx, self._thresholds(q, ctx))
 
     def _thresholds(self, q: Tensor, ctx: Ctx) -> Tensor | float:
-        """This layer's thresholds: a number, or float32 [Hq, 1] (float64 if q is). Raises ConfigError if the table does not fit."""
+        """This layer's thresholds: a number, or [Hq, 1]. Raises ConfigError if the table does not fit."""
         import torch
 
         from attnpatch.executors.column_sums import compute_dtype

@@ -27,8 +27,8 @@ def _tiles(
 ):  # fmt: skip
     """OUT fp32 [B, Hq, rows, width]: log2-sum-exp2 over each tile of keys j <= first + row; no use above.
 
-    Q [B, Hq, STRIDE, rows, D], K [B, Hkv, STRIDE, M, D]; scale holds log2(e). Programs that run side by side share keys:
-    those of all rows of all query heads of a kv head.
+    Q [B, Hq, STRIDE, rows, D], K [B, Hkv, STRIDE, M, D]; scale holds log2(e). Programs that run side by side share
+    their keys: they are those of all rows of all query heads of a kv head.
     """
     group, blocks = heads // kv_heads, tl.cdiv(rows, BLOCK_M)
     batch, kv_head = tl.program_id(2) // kv_heads, tl.program_id(2) % kv_heads
@@ -43,7 +43,9 @@ def _tiles(
             keys = K.load([batch, kv_head, s, n, d]).reshape(BLOCK_N, BLOCK_K)
             x = tl.dot(queries, keys.T, x, input_precision="ieee")
         row, j = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-        x = tl.where(j[None, :] <= first + row[:, None], x * scale, -1e30)  # finite: -inf - -inf would be NaN
+        x = x * scale
+        if n + BLOCK_N > first + m + 1:
+            x = tl.where(j[None, :] <= first + row[:, None], x, -1e30)  # finite: -inf - -inf would be NaN
         best = tl.max(x, axis=1)  # of all tiles here: a share below 2^-126 beside it rounds to nothing
         x = tl.exp2(x - best[:, None]).reshape(BLOCK_M, BLOCK_N // TILE, TILE)
         x = best[:, None] + tl.log2(tl.maximum(tl.sum(x, axis=2), 1e-37))
@@ -57,7 +59,7 @@ def _mass(
     LSE, END, OUT, rows, first, width, heads, out_head, out_block,
     STRIDE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """OUT fp32 [B * Hq, blocks, W] with strides out_head, out_block, filled up to the diagonal from LSE [B, Hq, rows, width] of `_tiles`.
+    """OUT fp32 [B * Hq, blocks, W], strides out_head, out_block, up to the diagonal from LSE [B, Hq, rows, width].
 
     Row 0 of LSE is reduced query `first`, in block first // TILE. Rows before it, behind the last one or from
     END[b] / STRIDE on give nothing.
@@ -96,8 +98,8 @@ def _config(dim: int, item: int, shared: int) -> dict[str, int]:
 
 
 def _shared(device: torch.device) -> int:
-    """Bytes of shared memory that one program may take."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+    """Bytes of shared memory of a multiprocessor."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0
 
 
 def _descriptor(x: torch.Tensor, block: int, depth: int) -> TensorDescriptor:

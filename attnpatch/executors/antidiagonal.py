@@ -40,8 +40,8 @@ def _not_triton(q: torch.Tensor, keys: torch.Tensor) -> str | None:
         return why
     if keys.dtype != q.dtype:
         return "needs queries and keys of one dtype"
-    if q.shape[3] % 8 or q.shape[3] < 32:
-        return f"needs a head dimension that is a multiple of 8 from 32 on, this is {q.shape[3]}"
+    if q.shape[3] % 8:
+        return f"needs a head dimension that is a multiple of 8, this is {q.shape[3]}"
     if torch.compiler.is_compiling():
         return "is not traced by torch.compile"
     return None if has_triton() else "triton is not installed"

@@ -68,8 +68,10 @@ class XAttention(Patch):
         return self._stripes(q, kv, ctx, self._thresholds(q, ctx))
 
     def _thresholds(self, q: Tensor, ctx: Ctx) -> Tensor | float:
-        """This layer's thresholds: a number, or float64 [Hq, 1]. Raises ConfigError if the table does not fit."""
+        """This layer's thresholds: a number, or [Hq, 1]. Raises ConfigError if the table does not fit."""
         import torch
+
+        from attnpatch.executors.column_sums import compute_dtype
 
         if not isinstance(self.threshold, (list, tuple)):
             return float(self.threshold)
@@ -79,7 +81,7 @@ class XAttention(Patch):
                 f"{self.name}: the threshold table is {shape[0]} layers x {shape[1]} heads, the model has {wanted[0]} "
                 f"patched layers x {wanted[1]} query heads; give a table of that size, or one number."
             )
-        row = torch.tensor(self.threshold[ctx.layer], dtype=torch.float64)
+        row = torch.tensor(self.threshold[ctx.layer], dtype=compute_dtype(q))
         return row.to(q.device, non_blocking=True)[:, None]  # a blocking copy would wait for the device
 
     def _stripes(self, q: Tensor, kv: KV, ctx: Ctx, threshold: Tensor | float) -> Iterator[Selection]:
@@ -101,25 +103,25 @@ class XAttention(Patch):
             yield Selection(index=index, count=count, page=size, bq=size, rows=rows)
 
     def _chosen(self, mass: Tensor, first: int, threshold: Tensor | float, ctx: Ctx) -> Tensor:
-        """bool [B, Hq, R, W] from the estimated mass; blocks above the diagonal may be among them (spec step 5)."""
+        """bool [B, Hq, R, W] from the estimated mass; blocks above the diagonal may be among them (spec step 5).
+
+        The reference sums in float64. Sums in the mass's own float32 move the share at which a row stops by some 1e-6
+        of it, as the order of sums in the estimate itself does.
+        """
         import torch
 
         from attnpatch.executors import lists
 
-        mass = mass.double()
         i = torch.arange(first, first + mass.shape[2], device=mass.device)[:, None]  # [R, 1]
         j = torch.arange(mass.shape[3], device=mass.device)
-        own, forced = j == i, (j == i) | (j == 0)
+        forced = (j == i) | (j == 0)
         required = mass.sum(-1) * threshold  # [B, Hq, R]
-
-        def largest(known: Tensor, lag: int) -> Tensor:
-            others = mass.masked_fill(known | (j > i), float("-inf"))
-            taken = mass.masked_fill(~known, 0.0).sum(-1)
-            return lists.top_mass(others, required, taken=taken, lag=lag)
-
-        chosen = largest(forced, 1) | forced
+        at_own = mass.diagonal(first, 2, 3)  # [B, Hq, R]
+        at_forced = at_own + mass[..., 0].masked_fill(i[:, 0] == 0, 0.0)
+        chosen = lists.top_mass(mass.masked_fill(forced | (j > i), float("-inf")), required, taken=at_forced) | forced
         if self.first_chunk_quirk:
             chunk = torch.tensor([reference_chunk(n) for n in ctx.prompt_len]).to(mass.device, non_blocking=True)
             early = (i * self.block_size < chunk[:, None, None])[:, None]  # [B, 1, R, 1]
-            chosen = torch.where(early, largest(own, 2) | forced, chosen)
+            others = mass.masked_fill(j >= i, float("-inf"))
+            chosen = torch.where(early, lists.top_mass(others, required, taken=at_own, lag=2) | forced, chosen)
         return chosen

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from attnpatch.patches.xattention import XAttention, reference_chunk
+from interpreter import FORMS, HALF, INTERPRETED, mend_interpreter, needs_triton, run_interpreted
 from selections import attend, block_sets, largest, layer, noise, pairs, structured
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError
 from attnpatch.executors import antidiagonal, column_sums, naive, selecting
+
+if INTERPRETED:
+    mend_interpreter()
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(HALF, id="half")]
 
 
 def block_mass(q, k, b, stride, scaling):
@@ -203,6 +211,149 @@ def test_the_estimate_holds_a_bounded_block(monkeypatch):
     keys = antidiagonal.reduced(k, 64, 4)
     antidiagonal.run(q, keys, start=0, end=torch.tensor([1000]), block=64, stride=4, scaling=1.0)
     assert max(x.numel() for x in seen) <= 4000 < 4 * 250 * 250
+
+
+def estimate(form, q, k, **given):
+    """Block mass by `form` on its device, brought back; q, k with anything behind `end`, q from `start` on."""
+    q, k = selecting.without_pads(q, given["end"], given["start"]), selecting.without_pads(k, given["end"])
+    keys = antidiagonal.reduced(k, given["block"], given["stride"]).to(form[1])
+    given["end"] = given["end"].to(form[1])
+    return antidiagonal.run(q.to(form[1]), keys, **given, _backend=form[0]).cpu()
+
+
+def check(form, q, k, *, start=0, end=None, block=32, stride=8, tol=2e-5):
+    end = torch.full((q.shape[0],), k.shape[2]) if end is None else torch.tensor(end)
+    given = {"start": start, "end": end, "block": block, "stride": stride, "scaling": q.shape[3] ** -0.5}
+    got = estimate(form, q[:, :, start:], k, **given)
+    assert got.dtype == torch.float32
+    # the product of halves is exact in fp32; only the order of sums differs
+    torch.testing.assert_close(got, naive.antidiagonal(q[:, :, start:], k, **given), atol=tol, rtol=tol)
+    return got
+
+
+def problem(n, heads=2, kv_heads=1, dim=32, dtype=torch.float32, batch=2, lengths=None):
+    """q, k with NaN behind each row's length."""
+    q, k, _ = noise(n, heads, kv_heads, dim, batch)
+    behind = torch.arange(n) >= torch.tensor(lengths or [n] * batch)[:, None]
+    return (x.masked_fill(behind[:, None, :, None], float("nan")).to(dtype) for x in (q, k))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [4, 8, 16])
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("form", FORMS)
+def test_all_blocks_and_strides(form, block, stride, dtype):
+    q, k = problem(291, dtype=dtype, lengths=[291, 150])
+    got = check(form, q, k, start=37, end=[291, 150], block=block, stride=stride)
+    assert (got.triu(1 + 37 // block) == 0).all() and (got[1, :, 150 // block + 1 - 37 // block :] == 0).all()
+
+
+@pytest.mark.parametrize("start", [0, 1, 8, 64, 129, 290])
+@pytest.mark.parametrize("form", FORMS)
+def test_any_start(form, start):
+    check(form, *problem(291, dtype=HALF, lengths=[291, 137]), start=start, end=[291, 137])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 1), (16, 2)])
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_heads(form, heads, kv_heads):
+    check(form, *problem(97, heads, kv_heads, dtype=HALF, lengths=[97, 0]), end=[97, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [16, 64, 72, 96, 256])
+@pytest.mark.parametrize("form", FORMS)
+def test_head_sizes(form, dim, dtype):
+    check(form, *problem(70, dim=dim, dtype=dtype, batch=1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_tiles_of_rows_and_keys(form, monkeypatch):
+    q, k = problem(1333, dtype=HALF, batch=1)
+    whole = check(form, q, k, block=64, stride=4)
+    monkeypatch.setattr(column_sums, "MAX_BLOCK", 2 * 16 * 21 * 5)  # five query blocks at a time
+    torch.testing.assert_close(check(form, q, k, block=64, stride=4), whole)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strided_and_unaligned_inputs(form):
+    q, k = problem(101, 4, 2, dtype=HALF)
+    expected = check(form, q, k)
+    for x in (q.transpose(1, 2).contiguous().transpose(1, 2), torch.cat([q, q], dim=3)[..., :32]):
+        assert torch.equal(check(form, x, k), expected)
+    shifted = torch.cat([q.new_zeros(1), q.flatten()])[1:].view_as(q)  # 2 bytes off
+    assert torch.equal(check(form, shifted, k), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_far_apart(form):
+    q, k = problem(200, dtype=HALF, batch=1)
+    check(form, q * 30, k, tol=3e-4)  # most tiles hold nothing beside the best; large logits round more coarsely
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_block_sets_by_either_form_equal_the_specification(form, monkeypatch):
+    q, k, v = structured(700)
+    given = layer(*(x.to(form[1]) for x in (q, k, v)), prefix=70)
+    given[2].q_pos, given[1].pos = given[2].q_pos.to(form[1]), given[1].pos.to(form[1])
+    monkeypatch.setattr(antidiagonal, "choose", lambda q, keys: (form[0], ""))
+    got, expected = block_sets(options(0.7), *given), from_the_spec(q[0], k[0], 0.7)
+    assert all(own[i] == whole[i] for own, whole in zip(got, expected, strict=True) for i in range(2, 11))
+
+
+@needs_triton
+@pytest.mark.skipif(not INTERPRETED, reason="for the interpreter")
+def test_triton_with_the_tile_of_large_devices():
+    from attnpatch.executors import _antidiagonal_triton as fused
+
+    q, k = problem(1100, dtype=HALF, batch=1)
+    given = {"start": 0, "end": torch.tensor([1100]), "block": 64, "stride": 4, "scaling": 0.2}
+    keys = antidiagonal.reduced(k, 64, 4)
+    config = fused._config(32, 2, 228 * 1024)
+    got = fused.launch(q, keys, **given, most=2**26, **config)
+    assert config["BLOCK_N"] == 256
+    torch.testing.assert_close(got, antidiagonal.run(q, keys, **given), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("major", "dim", "dtype", "why"),
+    [
+        (9, 128, torch.bfloat16, None),
+        (10, 96, torch.float16, None),
+        (8, 128, torch.bfloat16, "needs CUDA capability >= 9, this is capability 8"),
+        (9, 100, torch.bfloat16, "multiple of 8, this is 100"),
+        (9, 128, torch.float32, "needs float16 or bfloat16, this is float32"),
+    ],
+)
+def test_the_choice_on_cuda(major, dim, dtype, why, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(antidiagonal, "has_triton", lambda: True)
+    q = SimpleNamespace(shape=(1, 4, 64, dim), dtype=dtype, device=torch.device("cuda", 0))
+    name, reason = antidiagonal.choose(q, q)
+    assert (name == "triton" and why is None) or (name == "torch" and why in reason)
+    assert antidiagonal.choose(q, SimpleNamespace(dtype=torch.float64))[0] == "torch"
+    monkeypatch.setattr(antidiagonal, "has_triton", lambda: False)
+    assert "not triton" in antidiagonal.choose(q, q)[1]
+
+
+def test_the_choice_and_its_errors():
+    q, k = problem(64)
+    assert antidiagonal.choose(q, k) == ("torch", "not triton: needs CUDA capability >= 9, this is cpu")
+    given = {"start": 0, "end": torch.tensor([64, 64]), "block": 32, "stride": 4, "scaling": 1.0}
+    for dtype, name in ((torch.float64, "triton"), (torch.float32, "cuda")):
+        with pytest.raises(ConfigError, match=f"'{name}'.*allowed are 'torch', and 'triton' but for float64"):
+            antidiagonal.run(q.to(dtype), antidiagonal.reduced(k.to(dtype), 32, 4), **given, _backend=name)
+
+
+def test_import_is_light():
+    code = "import sys, attnpatch.executors.antidiagonal; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the fused form runs here itself")
+def test_the_fused_form_in_tritons_interpreter():
+    run_interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__)
 
 
 @pytest.mark.parametrize(

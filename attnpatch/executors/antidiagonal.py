@@ -1,11 +1,16 @@
-"""Block scores from antidiagonal sums of the logits, in bounded memory (XAttention, arXiv 2503.16428, section 2)."""
+"""Block scores from antidiagonal sums of the logits, in bounded memory (XAttention, arXiv 2503.16428, section 2).
+
+`choose` says how: fused on CUDA devices with tensor descriptors, else in blocks of logits.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from attnpatch.errors import ConfigError
 from attnpatch.executors import column_sums
+from attnpatch.executors.backends import capability, has_triton, not_half, too_old
 from attnpatch.executors.column_sums import compute_dtype, matmul, operand
 
 
@@ -29,9 +34,36 @@ def _tile_lse(x: torch.Tensor, i: torch.Tensor, first: int, real: torch.Tensor, 
     return x.masked_fill_(hidden, float("-inf")).unflatten(-1, (-1, tile)).logsumexp(-1)
 
 
+def _not_triton(q: torch.Tensor, keys: torch.Tensor) -> str | None:
+    """What stands in the way of the fused form, or None."""
+    if why := too_old(q.device.type, capability(q.device), 9) or not_half(q.dtype):
+        return why
+    if keys.dtype != q.dtype:
+        return "needs queries and keys of one dtype"
+    if q.shape[3] % 8:
+        return f"needs a head dimension that is a multiple of 8, this is {q.shape[3]}"
+    if torch.compiler.is_compiling():
+        return "is not traced by torch.compile"
+    return None if has_triton() else "triton is not installed"
+
+
+def choose(q: torch.Tensor, keys: torch.Tensor) -> tuple[str, str]:
+    """(backend, reason) for this call: "triton" (fused) or "torch" (blocks of logits). Never waits for the device."""
+    why = _not_triton(q, keys)
+    return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
+
+
 @torch.no_grad()
 def run(
-    q: torch.Tensor, keys: torch.Tensor, *, start: int, end: torch.Tensor, block: int, stride: int, scaling: float
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    start: int,
+    end: torch.Tensor,
+    block: int,
+    stride: int,
+    scaling: float,
+    _backend: str | None = None,
 ) -> torch.Tensor:
     """Estimated mass of each (query block, key block): fp32 [B, Hq, R, W], blocks at absolute multiples of `block`.
 
@@ -39,8 +71,21 @@ def run(
     keys: `reduced` keys [B, Hkv, M, stride * D] of the whole layer, tokens from end on 0. W ends with the last query
     block; block pairs above the diagonal are 0. A softmax of logits * scaling / stride runs over the reduced keys
     j <= i of each reduced row i; its mass is summed over tiles of (block / stride)^2. Rows and keys without a real
-    token count nothing. fp64 inputs give fp64.
+    token count nothing. fp64 inputs give fp64 (the torch form only).
     """
+    name = _backend or choose(q, keys)[0]
+    if name == "torch":
+        return _run_torch(q, keys, start, end, block, stride, scaling)
+    if name != "triton" or q.dtype == torch.float64:
+        raise ConfigError(f"antidiagonal sums by {name!r}: allowed are 'torch', and 'triton' but for float64.")
+    from attnpatch.executors._antidiagonal_triton import launch
+
+    return launch(q, keys, start, end, block, stride, scaling, column_sums.MAX_BLOCK)
+
+
+def _run_torch(
+    q: torch.Tensor, keys: torch.Tensor, start: int, end: torch.Tensor, block: int, stride: int, scaling: float
+) -> torch.Tensor:
     batch, heads, kv_heads, tile = q.shape[0], q.shape[1], keys.shape[1], block // stride
     first, last = start // block, -(-(start + q.shape[2]) // block)
     out = q.new_zeros((batch, heads, last - first, last), dtype=compute_dtype(q))

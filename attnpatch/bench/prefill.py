@@ -21,7 +21,7 @@ from attnpatch.bench.measure import Clock, environment, interleave, parser, rati
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.executors import column_sums, dense, dispatch
-from attnpatch.executors.lists import density
+from attnpatch.executors.lists import share
 from attnpatch.patch import Patch
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -66,18 +66,6 @@ def computed(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> Any:
     return [dispatch.run(q, kv, term, ctx)[0] for term in terms(patch, q, kv, ctx) or [Selection()]]
 
 
-def shares(selected: list[Any], length: int) -> float | None:
-    """Share of the causal pairs that lists name, over all terms; None without lists."""
-    total = 0.0
-    for term in selected:
-        if term.index is None or term.columns is not None or term.sink or term.window:
-            return None
-        start, stop, _ = (term.rows or slice(None)).indices(length)
-        pairs = (stop - start) * (start + 1 + stop) / 2
-        total += float(density(term, length, length).mean()) * pairs
-    return round(total / (length * (length + 1) / 2), 5)
-
-
 def row(
     length: int, heads: tuple[int, int, int], repeats: int, clock: Clock, dtype: torch.dtype, methods: list[str]
 ) -> dict[str, Any]:
@@ -100,8 +88,8 @@ def row(
             continue
         executors = sorted({dispatch.executor(term, length) for term in selected}) or ["dense"]
         result["methods"][name] = {
-            "options": options, "terms": len(selected), "executors": executors, "share": shares(selected, length),
-            "peak_bytes": memory,
+            "options": options, "terms": len(selected), "executors": executors, "peak_bytes": memory,
+            "share": share(selected, length, length),
         }  # fmt: skip
         runs |= {
             f"{name} choosing": partial(terms, patch, q, kv, ctx), f"{name} total": partial(computed, patch, q, kv, ctx)

@@ -5,18 +5,29 @@ from __future__ import annotations
 import platform
 import re
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from attnpatch.cli._common import JsonOption, human_bytes, print_json
+from attnpatch.errors import ConfigError
 
 OLDEST_TORCH = (2, 11)
 PACKAGES = ("accelerate", "safetensors", "flash-attn-4", "flash-attn", "triton", "peft", "torchao")
 
 
-def doctor(as_json: JsonOption = False) -> None:
-    """Show versions, the GPU and the usable attention backends. Exit code 1 if attnpatch cannot run here."""
+CalibrateOption = Annotated[
+    bool, typer.Option("--calibrate", help="first measure from which length each sparse prefill pays on this machine")
+]
+
+
+def doctor(as_json: JsonOption = False, calibrate: CalibrateOption = False) -> None:
+    """Show versions, the GPU, the usable attention backends and what was measured of sparse prefill.
+
+    Exit code 1 if attnpatch cannot run here.
+    """
+    if calibrate:
+        _calibrate(quiet=as_json)
     data = collect()
     if as_json:
         print_json(data)
@@ -40,6 +51,7 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "gpus": [],
         "backends": [],
+        "breakeven": {},
         "problems": problems,
     }
     _check_transformers(problems)
@@ -61,7 +73,40 @@ def collect() -> dict[str, Any]:
             data["backends"] += [
                 {"executor": executor, "name": n, "usable": bool(u), "reason": r} for n, u, r in module.backends()
             ]
+        data["breakeven"] = _breakeven(problems)
     return data
+
+
+def _breakeven(problems: list[str]) -> dict[str, Any]:
+    """File, machine and limits of the sparse prefills, as measured."""
+    import torch
+
+    from attnpatch import breakeven
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    where = breakeven.machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    try:
+        found = breakeven.load().get(where, {})
+    except ConfigError as error:
+        problems.append(str(error))
+        found = {}
+    return {"file": str(breakeven.path()), "machine": where, "methods": {n: x._asdict() for n, x in found.items()}}
+
+
+def _calibrate(quiet: bool) -> None:
+    import torch
+
+    from attnpatch import breakeven
+    from attnpatch.bench.breakeven import measure
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = measure(
+        device, dtype, repeats=5 if device.type == "cuda" else 2, say=lambda line: None if quiet else typer.echo(line)
+    )
+    file = breakeven.save(breakeven.machine(device, dtype), found)
+    if not quiet:
+        typer.echo(f"written to {file}\n")
 
 
 def _check_transformers(problems: list[str]) -> None:
@@ -99,6 +144,12 @@ def _print(data: dict[str, Any]) -> None:
     typer.echo("\nattention backends:")
     for b in data["backends"]:
         typer.echo(f"  {b['executor']:<6} {b['name']:<7} {'usable' if b['usable'] else 'not usable: ' + b['reason']}")
+    measured = data["breakeven"].get("methods", {})
+    typer.echo("\nsparse prefill pays here:" if measured else "\nsparse prefill: not measured here (--calibrate)")
+    for name, row in measured.items():
+        typer.echo(
+            f"  {name:<12} from {row['tokens']} tokens, up to {row['share']:.0%} of the pages; else it runs dense"
+        )
     for problem in data["problems"]:
         typer.echo(f"problem: {problem}")
     if not data["problems"]:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attnpatch import breakeven
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError
-from attnpatch.executors import dispatch, reweight
+from attnpatch.executors import dispatch, lists, reweight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from attnpatch.breakeven import Limits
     from attnpatch.engine.call import KV, Call, Ctx
     from attnpatch.engine.layer import PatchLayer
     from attnpatch.patch import Patch
@@ -26,11 +28,18 @@ DENSE = Selection()
 @torch.compiler.disable  # a graph break inside would turn a generator into the tuple of what it yields unanswered
 def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, kv: KV, ctx: Ctx, lse: bool) -> Result:
     """Attention of q [B, Hq, T, D] over what `patch` selects; (out [B, T, Hq, D], lse [B, Hq, T] if asked for)."""
-    layer.note = _not_now(patch, layer, kv, ctx)
+    limits = breakeven.limits(patch.name, q.device, q.dtype) if ctx.phase == "prefill" else None
+    layer.note = _not_now(patch, layer, kv, ctx) or _too_short(patch, kv, limits)
     decision = None if layer.note else patch.select(q, kv, ctx)
     if decision is None:
         layer.note = layer.note or "dense: the method's own choice"
         return dispatch.run(q, kv, DENSE, ctx, lse)
+    if limits is not None and not patch.merges:
+        decision = list(decision) if isinstance(decision, Generator) else [decision]
+        share = lists.share(decision, q.shape[2], kv.S)  # waits for the device: once a layer, in prefill
+        if share is not None and share > limits.share:
+            layer.note = f"dense: {share:.0%} of the pages chosen, more than the {limits.share:.0%} that pay here"
+            return dispatch.run(q, kv, DENSE, ctx, lse)
     total = _Total(q, lse or patch.merges)
 
     def compute(term: Selection) -> Result:
@@ -46,10 +55,13 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
     return total.result()
 
 
-def each_term(decision: Selection | Generator[Selection, Any, None], compute: Callable[[Selection], Result]) -> None:
+def each_term(
+    decision: Selection | list[Selection] | Generator[Selection, Any, None], compute: Callable[[Selection], Result]
+) -> None:
     """Compute the terms of a decision; a generator receives each term's (out, lse) as the value of its yield."""
     if not isinstance(decision, Generator):
-        compute(decision)
+        for term in decision if isinstance(decision, list) else [decision]:
+            compute(term)
         return
     answer = None
     while True:
@@ -85,6 +97,12 @@ def _not_now(patch: Patch, layer: PatchLayer, kv: KV, ctx: Ctx) -> str:
     if patch.needs_complete_kv and kv.holes and ctx.event != "step":
         return "dense: a later turn of a padded batch"
     return "dense: a 4-D attention mask" if ctx.mask is not None else ""
+
+
+def _too_short(patch: Patch, kv: KV, limits: Limits | None) -> str:
+    if limits is None or kv.S >= limits.tokens:
+        return ""
+    return f"dense: {kv.S} tokens, and {patch.name} pays here from {limits.tokens} (attnpatch doctor)"
 
 
 def _turned(call: Call, index: int, q: Tensor, term: Selection, ctx: Ctx) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +141,21 @@ def density(selection: Any, T: int, S: int) -> torch.Tensor:
         meant = torch.arange(index.shape[3], device=index.device) < selection.count[..., None]
         seen = seen.masked_fill(~meant, 0)
     return (seen.sum(dim=(-1, -2)).double() / pairs).float()
+
+
+def share(terms: Sequence[Any], T: int, S: int) -> float | None:
+    """Share of the causal (query, key) pairs that terms over T queries at the end of S keys select, mean over heads.
+
+    None where it is not told by pages alone. Waits for the device.
+    """
+    total: Any = 0.0
+    for term in terms:
+        if term.index is None or term.columns is not None or term.sink or term.window:
+            return None
+        start, stop, _ = (term.rows or slice(None)).indices(T)
+        rows, first = stop - start, S - T + start
+        total = total + density(term, T, S).mean() * (rows * first + rows * (rows + 1) // 2)
+    return float(total / (T * (S - T) + T * (T + 1) // 2))
 
 
 def _triangle(x: torch.Tensor, page: int) -> torch.Tensor:

@@ -1,0 +1,94 @@
+"""Where a sparse prefill starts to pay on this machine: measured once (`attnpatch doctor --calibrate`), kept on disk.
+
+The engine runs a prompt dense that is shorter than the measured length, or whose chosen pages are a larger share than
+the measured one. Without a measurement a method runs where it is asked to. ATTNPATCH_AUTO_DENSE=0 switches this off;
+ATTNPATCH_CACHE names the folder of the file (default: attnpatch in XDG_CACHE_HOME or ~/.cache).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from attnpatch.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+REMEDY = "delete it, or measure again: attnpatch doctor --calibrate"
+
+
+class Limits(NamedTuple):
+    """What was measured for one method."""
+
+    tokens: int  # keys from which choosing and computing take no longer than dense attention
+    share: float  # share of the causal pages from which computing them takes longer than dense attention
+
+
+def path() -> Path:
+    """The file of all measurements."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ATTNPATCH_CACHE") or Path(base) / "attnpatch") / "breakeven.json"
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> str:
+    """What a measurement is good for: the device, the kind of number, and the versions of what computes."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = [f"torch {torch.__version__}"]
+    for package in ("flash-attn-4", "triton"):
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join([name, "half" if dtype.itemsize == 2 else "float", *versions])
+
+
+_known: dict[Any, dict[str, dict[str, Limits]]] = {}  # (path, change time) -> machine -> method -> limits
+_machines: dict[Any, str] = {}
+
+
+def load() -> dict[str, dict[str, Limits]]:
+    """Machine -> method -> limits; {} without a file. Raises ConfigError for a file that cannot be read."""
+    file = path()
+    if not file.is_file():
+        return {}
+    key = (file, file.stat().st_mtime_ns)
+    if key not in _known:
+        try:
+            read = json.loads(file.read_text(encoding="utf-8"))
+            found = {
+                m: {n: Limits(int(x["tokens"]), float(x["share"])) for n, x in row.items()} for m, row in read.items()
+            }
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{file} is not a file of break-even lengths ({error}); {REMEDY}.") from None
+        _known.clear()
+        _known[key] = found
+    return _known[key]
+
+
+def save(where: str, limits: dict[str, Limits]) -> Path:
+    """Put one machine's measurements into the file, beside what it holds of others."""
+    file, all_limits = path(), {**load(), where: limits}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    body = {m: {n: x._asdict() for n, x in row.items()} for m, row in all_limits.items()}
+    new = file.with_suffix(".new")  # a reader never sees half a file
+    new.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    new.replace(file)
+    return file
+
+
+def limits(method: str, device: torch.device, dtype: torch.dtype) -> Limits | None:
+    """What was measured for `method` here, or None."""
+    if os.environ.get("ATTNPATCH_AUTO_DENSE") == "0":
+        return None
+    found = load()
+    if not found:
+        return None
+    if (device, dtype) not in _machines:
+        _machines[device, dtype] = machine(device, dtype)
+    return found.get(_machines[device, dtype], {}).get(method)

@@ -1,0 +1,108 @@
+"""Auto-dense: what is measured, where it is kept, and what the engine makes of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from oracle import tiny
+from typer.testing import CliRunner
+
+from attnpatch import PatchCache, breakeven, patched, status
+from attnpatch.bench import breakeven as measuring
+from attnpatch.breakeven import Limits
+from attnpatch.cli.main import app
+from attnpatch.decisions import Selection
+from attnpatch.engine.compat import cache_name
+from attnpatch.errors import ConfigError
+from attnpatch.executors import lists
+
+CPU, HERE = torch.device("cpu"), {"block_size": 16, "min_budget": 16, "tau": 0.0}
+
+
+def notes(limits, patch="flexprefill", **hyper):
+    """Notes of the layers after 200 tokens, and the logits."""
+    if limits is not None:
+        breakeven.save(breakeven.machine(CPU, torch.float32), {patch: limits})
+    ids = torch.randint(1, 97, (1, 200), generator=torch.Generator().manual_seed(0))
+    with patched(tiny("llama"), patch, **hyper) as model, torch.no_grad():
+        cache = PatchCache(model)
+        logits = model(input_ids=ids, **{cache_name(): cache}).logits
+        return {layer.note for layer in status(model).layers}, logits
+
+
+def test_without_a_measurement_a_method_runs_where_it_is_asked_to():
+    assert notes(None, **HERE)[0] == {""}
+
+
+def test_short_prompts_run_dense(monkeypatch):
+    found, logits = notes(Limits(201, 1.0), **HERE)
+    assert found == {"dense: 200 tokens, and flexprefill pays here from 201 (attnpatch doctor)"}
+    ids = torch.randint(1, 97, (1, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, tiny("llama")(input_ids=ids).logits, atol=5e-5, rtol=0)
+    assert notes(Limits(200, 1.0), **HERE)[0] == {""}
+    monkeypatch.setenv("ATTNPATCH_AUTO_DENSE", "0")
+    assert notes(Limits(201, 1.0), **HERE)[0] == {""}
+
+
+def test_dense_choices_run_dense():
+    (found,) = notes(Limits(1, 0.2), **HERE, gamma=1.0)[0]
+    assert found.startswith("dense: ") and found.endswith("of the pages chosen, more than the 20% that pay here")
+
+
+def test_the_share_of_terms():
+    index = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
+    first = Selection(index=index[:, :, :1], page=4, bq=4, rows=slice(0, 4))
+    both = [first, Selection(index=index[:, :, :1], page=4, bq=4, rows=slice(4, 8))]
+    assert lists.share(both, 8, 8) == pytest.approx((10 + 16) / 36)  # page 0: a triangle, then four full rows
+    assert lists.share([first, Selection(columns=index[0])], 8, 8) is None
+
+
+def test_composed_and_chunked():
+    breakeven.save(breakeven.machine(CPU, torch.float32), {"flexprefill": Limits(150, 1.0)})
+    ids = torch.randint(1, 97, (1, 200), generator=torch.Generator().manual_seed(0))
+    with patched(
+        tiny("llama"), "flexprefill+snapkv", flexprefill=HERE, snapkv={"budget": 40, "window_size": 8}
+    ) as model:
+        out = model.generate(ids, max_new_tokens=3, do_sample=False, prefill_chunk_size=100)
+        assert out.shape == (1, 203) and {layer.held for layer in status(model).layers} == {42}
+
+
+def test_the_file():
+    assert breakeven.load() == {} and breakeven.limits("hip", CPU, torch.float32) is None
+    file = breakeven.save("one", {"hip": Limits(5, 0.5)})
+    breakeven.save("two", {"hip": Limits(7, 0.25)})
+    assert breakeven.load() == {"one": {"hip": Limits(5, 0.5)}, "two": {"hip": Limits(7, 0.25)}}
+    for text in ("{", "[]", json.dumps({"one": {"hip": {"tokens": "many", "share": 1}}})):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="delete it, or measure again: attnpatch doctor --calibrate"):
+            breakeven.load()
+
+
+def test_limits_from_times():
+    assert measuring.token_limit({4: 2.0, 8: 0.9, 16: 1.1, 32: 0.5}) == 32
+    assert measuring.token_limit({4: 0.9, 8: 0.8}) == 4 and measuring.token_limit({4: 2.0, 8: 1.5}) == 9
+    assert measuring.share_limit({"0.25": 1.0, "0.5": 2.0, "0.75": 3.0}, 2.4) == pytest.approx(0.6)
+    assert measuring.share_limit({"0.25": 1.0, "0.5": 2.0, "0.75": 3.0}, 9.0) == 1.0
+    assert measuring.share_limit({"0.25": 3.0, "0.75": 2.0}, 1.0) == 0.0
+
+
+def test_measure():
+    found = measuring.measure(CPU, torch.float32, ("flexprefill", "hip"), (256, 512), repeats=1)
+    assert set(found) == {"flexprefill", "hip"} and all(0 <= x.share <= 1 for x in found.values())
+    assert all(x.tokens in (256, 512, 513) for x in found.values())
+
+
+def test_doctor(monkeypatch):
+    run = CliRunner()
+    assert "not measured here (--calibrate)" in run.invoke(app, ["doctor"]).stdout
+    monkeypatch.setattr(measuring, "measure", lambda device, dtype, repeats, say: {"hip": Limits(4096, 0.75)})
+    shown = run.invoke(app, ["doctor", "--calibrate"]).stdout
+    assert "written to" in shown and "hip          from 4096 tokens, up to 75% of the pages" in shown
+    data = json.loads(run.invoke(app, ["doctor", "--json"]).stdout)
+    assert data["breakeven"]["methods"] == {"hip": {"tokens": 4096, "share": 0.75}}
+    breakeven.path().write_text("{")
+    broken = run.invoke(app, ["doctor"])
+    assert broken.exit_code == 1 and "problem: " in broken.stdout and "--calibrate" in broken.stdout

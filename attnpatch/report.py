@@ -14,6 +14,8 @@ class LayerStatus:
 
     note: why a selecting method ran dense here. backend: what computed its lists.
     density: share of the causal pages attended in prefill, fp32 [B, H].
+    choosing, computing: seconds of the device in a selecting method's prefill, all calls together.
+    report: what the method tells of itself, by name (a share of heads, a rate of hits).
     """
 
     index: int
@@ -28,6 +30,9 @@ class LayerStatus:
     note: str = ""
     density: Any = field(default=None, repr=False)
     backend: str = ""
+    choosing: float = 0.0
+    computing: float = 0.0
+    report: dict[str, float] = field(default_factory=dict)
 
     @property
     def choice(self) -> str:
@@ -36,6 +41,11 @@ class LayerStatus:
             return f"; {self.note}" if self.note else ""
         low, high = self.density.min().item(), self.density.max().item()
         return f"; attended {self.density.mean().item():.1%} of the pages (heads {low:.1%} to {high:.1%})"
+
+    @property
+    def told(self) -> str:
+        """What the method tells of itself, in words."""
+        return "".join(f"; {name} {value:.4g}" for name, value in self.report.items())
 
 
 @dataclass
@@ -79,7 +89,10 @@ class Status:
             if layer.seen:
                 share = layer.bytes_held / max(layer.bytes_dense, 1)
                 lines.append(f"  layer {layer.index}: seen {layer.seen}, held {layer.held}, {layer.bytes_held:,} of "
-                             f"{layer.bytes_dense:,} bytes ({share:.1%}){layer.choice}")  # fmt: skip
+                             f"{layer.bytes_dense:,} bytes ({share:.1%}){layer.choice}{layer.told}")  # fmt: skip
+        if choosing := sum(layer.choosing for layer in self.layers):
+            computing = sum(layer.computing for layer in self.layers)
+            lines.append(f"prefill: {choosing:.3f} s in choosing, {computing:.3f} s in computing")
         if self.bytes_dense:
             share = self.bytes_held / self.bytes_dense
             lines.append(f"KV: {self.bytes_held:,} of {self.bytes_dense:,} bytes ({share:.1%})")
@@ -99,11 +112,22 @@ def status(model: Any) -> Status:
         covered = fact.index in plan.covered
         row = LayerStatus(fact.index, fact.kind, covered, fact.reason or ("" if covered else "not among layers="))
         if held is not None:
-            vars(row).update(vars(held[fact.index]))
-            row.positions, row.density = (None if x is None else x.cpu() for x in (row.positions, row.density))
+            _fill(row, held[fact.index])
         layers.append(row)
     backend, why = _backend(handle.model)
     return Status({p.name: p.hyperparameters() for p in plan.patches}, layers, backend, why, _note(plan, layers))
+
+
+def _fill(row: LayerStatus, held: Any) -> None:
+    """Take the figures of a cache layer, tensors to the CPU."""
+    figures = dict(vars(held))
+    watch, report = figures.pop("watch"), figures.pop("report")
+    vars(row).update(figures)
+    row.positions, row.density = (None if x is None else x.cpu() for x in (row.positions, row.density))
+    row.report = {name: float(x.float().mean()) for name, x in report.items()}
+    if watch is not None:
+        row.computing = watch.seconds("computing")
+        row.choosing = watch.seconds("all") - row.computing
 
 
 def _backend(model: Any) -> tuple[str, str]:

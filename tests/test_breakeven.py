@@ -60,6 +60,17 @@ def test_the_share_of_terms():
     assert lists.share([first, Selection(columns=index[0])], 8, 8) is None
 
 
+def test_status_tells_the_time_of_choosing_and_computing():
+    with patched(tiny("llama"), "flexprefill", **HERE) as model, torch.no_grad():
+        cache = PatchCache(model)
+        model(input_ids=torch.ones(1, 200, dtype=torch.long), **{cache_name(): cache})
+        cache.patched[0].report["heads of a kind"] = torch.tensor([True, False])
+        found = status(model)
+        assert all(layer.choosing > 0 and layer.computing > 0 for layer in found.layers)
+        assert "s in choosing" in str(found) and "; heads of a kind 0.5" in str(found)
+        assert found.as_dict()["layers"][0]["report"] == {"heads of a kind": 0.5}
+
+
 def test_composed_and_chunked():
     breakeven.save(breakeven.machine(CPU, torch.float32), {"flexprefill": Limits(150, 1.0)})
     ids = torch.randint(1, 97, (1, 200), generator=torch.Generator().manual_seed(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache
@@ -21,6 +21,8 @@ class LayerSummary:
     """What a cache layer holds: tokens, bytes, true positions int32 [B, Hkv, S] (None for stock layers).
 
     density: share of the causal pages that prefill attended, fp32 [B, H] (None unless a method listed pages).
+    watch: `Stopwatch` of a selecting method's prefill ("all" of it, and "computing").
+    report: what the method told of itself (`Ctx.report`).
     """
 
     seen: int = 0
@@ -31,6 +33,8 @@ class LayerSummary:
     note: str = ""
     density: Tensor | None = None
     backend: str = ""
+    watch: Any = None
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 def summarise(layer: Any) -> LayerSummary:
@@ -45,8 +49,9 @@ def summarise(layer: Any) -> LayerSummary:
     positions = layer.pos.expand(-1, keys.shape[1], -1)
     density = None if layer.pages is None else layer.pages / layer.grid
     return LayerSummary(
-        seen, layer.held, layer.bytes_held(), seen * slot, positions, layer.note, density, layer.backend
-    )
+        seen, layer.held, layer.bytes_held(), seen * slot, positions, layer.note, density, layer.backend, layer.watch,
+        dict(layer.report),
+    )  # fmt: skip
 
 
 class PatchCache(DynamicCache):

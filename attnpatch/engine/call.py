@@ -118,6 +118,7 @@ class Ctx:
     turn: Any = None  # turn(x [B, H, T, D], by [B, T]): x as if `by` positions further on; for `needs_rope`
     ragged: bool = True  # rows may hold different numbers of tokens (padding)
     bytes_per_token: float | None = None
+    report: dict[str, Tensor] = field(default_factory=dict)  # numbers to show in status (their mean), by name
     untouched: tuple[bool, ...] = ()  # rows that keep all they hold, whatever the budget
 
     @property

@@ -54,6 +54,8 @@ class PatchLayer(DynamicLayer):
         self.backend = ""  # what computed its lists
         self.pages: Any = None  # pages attended so far, fp32 [B, H]; of `grid` causal ones
         self.grid = 0
+        self.watch: Any = None  # Stopwatch of choosing and computing in prefill
+        self.report: dict[str, Tensor] = {}  # what a method tells of itself, for status
         self.tail: tuple[Tensor, Tensor] | None = None  # earlier chunks' last queries and their positions
         self._spare: tuple[Tensor, Tensor] | None = None  # one free slot after a drop: the next append is in place
 

@@ -10,6 +10,7 @@ import torch
 
 from attnpatch import breakeven
 from attnpatch.decisions import Selection
+from attnpatch.engine.stopwatch import Stopwatch
 from attnpatch.errors import ConfigError
 from attnpatch.executors import dispatch, lists, reweight
 
@@ -30,6 +31,8 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
     """Attention of q [B, Hq, T, D] over what `patch` selects; (out [B, T, Hq, D], lse [B, Hq, T] if asked for)."""
     limits = breakeven.limits(patch.name, q.device, q.dtype) if ctx.phase == "prefill" else None
     layer.note = _not_now(patch, layer, kv, ctx) or _too_short(patch, kv, limits)
+    watch = layer.watch = layer.watch or Stopwatch(q.device)
+    begin = watch.mark() if ctx.phase == "prefill" and not layer.note else None
     decision = None if layer.note else patch.select(q, kv, ctx)
     if decision is None:
         layer.note = layer.note or "dense: the method's own choice"
@@ -39,19 +42,25 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         share = lists.share(decision, q.shape[2], kv.S)  # waits for the device: once a layer, in prefill
         if share is not None and share > limits.share:
             layer.note = f"dense: {share:.0%} of the pages chosen, more than the {limits.share:.0%} that pay here"
+            watch.note("all", begin)
             return dispatch.run(q, kv, DENSE, ctx, lse)
     total = _Total(q, lse or patch.merges)
 
     def compute(term: Selection) -> Result:
         query = q if term.at is None else _turned(call, index, q, term, ctx)
+        since = None if begin is None else watch.mark()
         result = dispatch.run(query, kv, term, ctx, total.want_lse)
         total.add(term.rows, *result)
+        if since is not None:
+            watch.note("computing", since)
         layer.record(term, q.shape[2], kv.k.shape[2])
         if not layer.backend and (term.index is not None or term.columns is not None):
             layer.backend = dispatch.explain(q, kv, term, ctx)
         return result
 
     each_term(decision, compute)
+    if begin is not None:
+        watch.note("all", begin)
     return total.result()
 
 

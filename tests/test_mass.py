@@ -1,4 +1,6 @@
-"""`lists.top_k`, `top_mass` and `mass_count` without a sort, on CUDA or in Triton's interpreter, against the sort."""
+"""The kernels of `lists`, on CUDA or in Triton's interpreter, against the torch form: the search, which spares top_k,
+top_mass and mass_count a sort, and pack.
+"""
 
 from __future__ import annotations
 
@@ -113,6 +115,21 @@ def test_triton_mass_count(shape, short_parts):
 def test_triton_rows_of_nothing():
     assert both(lists.top_k, torch.zeros(2, 0, 5), 2)[0].shape == (2, 0, 5)
     assert both(lists.top_k, torch.zeros(2, 3, 0), 2)[0].shape == (2, 3, 0)
+
+
+@fused
+@pytest.mark.parametrize("n", [1, 17, 5000])
+def test_triton_pack(n):
+    chosen = torch.rand(2, 3, n, generator=torch.Generator().manual_seed(0)) < 0.4
+    chosen[0, 0], chosen[0, 1] = False, True
+    for width in (None, n, n // 3, n + 9):
+        expected = lists.pack(chosen, width, _backend="torch")
+        got = lists.pack(chosen.to(DEVICE), width, _backend="triton")
+        for a, e in zip(got, expected, strict=True):
+            assert a.dtype == torch.int32 and torch.equal(a.cpu(), e)
+    strided = chosen.transpose(0, 1)
+    got, expected = (lists.pack(strided.to(DEVICE), _backend=name)[0].cpu() for name in ("triton", "torch"))
+    assert torch.equal(got, expected)
 
 
 def test_the_search_is_not_for_every_score(monkeypatch):

@@ -14,13 +14,30 @@ from attnpatch.executors.backends import capability, has_triton, too_old
 from attnpatch.executors.column_sums import compute_dtype, rows_per_block
 
 
-def pack(chosen: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _kernels(x: torch.Tensor) -> str | None:
+    """What stands in the way of the Triton kernels, or None."""
+    if why := too_old(x.device.type, capability(x.device), 8):
+        return why
+    if torch.compiler.is_compiling():
+        return "is not traced by torch.compile"
+    if x.shape[-1] >= 2**30:
+        return f"takes less than 2**30 in a row, these are {x.shape[-1]}"
+    return None if has_triton() else "triton is not installed"
+
+
+def pack(
+    chosen: torch.Tensor, width: int | None = None, *, _backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Map -> lists: bool [..., n] -> index int32 [..., W] ascending, packed left, 0 behind; count int32 [...].
 
     W is n, or `width`, which the caller knows to suffice: a longer list keeps its last `width` pages.
     """
     pages = chosen.shape[-1]
     width = pages if width is None else min(width, pages)
+    if _backend == "triton" or (_backend is None and _kernels(chosen) is None):
+        from attnpatch.executors import _pack_triton
+
+        return _pack_triton.launch(chosen, width)
     rank = chosen.cumsum(-1, dtype=torch.int32)  # 1 for the first chosen
     total = rank[..., -1:] if pages else rank.new_zeros(*chosen.shape[:-1], 1)
     place = rank - 1 - (total - width).clamp(min=0)
@@ -81,15 +98,9 @@ def _map(order: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
 
 def _not_triton(scores: torch.Tensor) -> str | None:
     """What stands in the way of the search without a sort, or None."""
-    if why := too_old(scores.device.type, capability(scores.device), 8):
-        return why
     if scores.dtype == torch.float64 or not scores.is_floating_point():
         return f"searches in float32, this is {str(scores.dtype).removeprefix('torch.')}"
-    if scores.shape[-1] >= 2**31:
-        return "takes less than 2**31 scores a row"
-    if torch.compiler.is_compiling():
-        return "is not traced by torch.compile"
-    return None if has_triton() else "triton is not installed"
+    return _kernels(scores)
 
 
 def choose(scores: torch.Tensor) -> tuple[str, str]:

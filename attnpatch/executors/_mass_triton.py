@@ -16,7 +16,7 @@ import triton.language as tl
 
 COUNT, WITHIN, BELOW = 0, 1, 2
 """What fits: as many scores as the limit, scores that sum to at most it, or those before whom less than it is held."""
-REGISTERS = 16384  # longest row that one program holds
+REGISTERS = 32768  # longest row that one program holds
 PART = 4096  # least scores of one of a row's programs
 PARTS = 64  # most programs of a row
 LOWEST = -(2**31)

@@ -108,17 +108,16 @@ class FlexPrefill(Patch):
         end = selecting.lengths(ctx.q_pos)  # keys of each row [B]
         blocks = -(-end // size)  # [B]
         probe, probe_pos = selecting.probe_rows(q, ctx, size, start)
-        columns, diagonals = line_sums.run(
-            probe, kv, q_pos=probe_pos, scaling=ctx.scaling, newest=not ctx.ragged
-        )  # [B, Hq, S]
+        sums = line_sums.run(probe, kv, q_pos=probe_pos, scaling=ctx.scaling, newest=not ctx.ragged)
         voters = (probe_pos >= 0).sum(-1).clamp(min=1)[:, None, None]
-        columns, diagonals = columns / voters, diagonals / voters
+        lines = torch.stack(sums).div_(voters)  # [2, B, Hq, S]: one launch for both
+        columns, diagonals = lines
         column_blocks = selecting.block_sums(columns, size)  # [B, Hq, nb]
         keys = selecting.pooled(kv.k, size, end=end if ctx.ragged else None)  # [B, Hkv, nb, D]
         voting = torch.where((probe_pos >= 0)[:, None, :, None], probe, 0.0)
         mean = voting.sum(2, keepdim=True, dtype=keys.dtype) / voters[..., None] * ctx.scaling  # [B, Hq, 1, D]
         aware = self._query_aware(mean, keys, column_blocks, blocks)
-        budgets = [self._budget(x, end, blocks).masked_fill(aware, self.min_blocks) for x in (columns, diagonals)]
+        budgets = self._budget(lines, end, blocks).masked_fill(aware, self.min_blocks)  # [2, B, Hq]
         return Choice(
             lists.top_k(_first_is_best(column_blocks, blocks), budgets[0]),
             lists.top_k(_first_is_best(self._bins(diagonals, end), blocks), budgets[1], later=False),
@@ -127,7 +126,7 @@ class FlexPrefill(Patch):
         )
 
     def _budget(self, lines: Tensor, end: Tensor, blocks: Tensor) -> Tensor:
-        """Blocks that each head takes of lines [B, Hq, S]: int [B, Hq] (step 3)."""
+        """Blocks that each head takes of lines [..., B, Hq, S]: int [..., B, Hq] (step 3)."""
         import torch
 
         from attnpatch.executors import lists
@@ -181,11 +180,12 @@ class FlexPrefill(Patch):
         # the map of one kv head after the other where that of all would not fit
         for h in selecting.head_slices(keys.shape[1], q.shape[0] * group * visible[0].numel()):
             logits = selecting.pair_scores(means[:, h.start * group : h.stop * group], keys[:, h])
-            a = torch.softmax(logits.masked_fill(~visible, float("-inf")), dim=-1)
-            a = torch.where(visible, a, 0.0).flatten(2)  # also the NaN of rows without queries
-            kept = lists.top_mass(a, mass[:, None], lag=1 if self.include_crossing else 0)
-            out.append(kept.unflatten(2, visible.shape[2:]) & visible)
-        return torch.cat(out, dim=1) & aware[..., None, None]
+            a = torch.softmax(logits.masked_fill_(~visible, float("-inf")), dim=-1)
+            if ctx.ragged:
+                a.masked_fill_(~visible, 0.0)  # the NaN of rows without queries
+            kept = lists.top_mass(a.flatten(2), mass[:, None], lag=1 if self.include_crossing else 0)
+            out.append(kept.unflatten(2, visible.shape[2:]).logical_and_(visible))
+        return torch.cat(out, dim=1).logical_and_(aware[..., None, None])
 
 
 def _first_is_best(scores: Tensor, blocks: Tensor) -> Tensor:

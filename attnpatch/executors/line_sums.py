@@ -7,14 +7,42 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attnpatch.errors import ConfigError
 from attnpatch.executors import column_sums
+from attnpatch.executors.backends import capability, has_triton, not_half, too_old
 from attnpatch.executors.column_sums import matmul, operand
+
+FUSED_ROWS = 128
+"""Most query rows of the fused form."""
+
+
+def _not_triton(queries: torch.Tensor, kv: Any) -> str | None:
+    """What stands in the way of the fused form, or None."""
+    rows, dim = queries.shape[2:]
+    if why := too_old(queries.device.type, capability(queries.device), 8) or not_half(queries.dtype):
+        return why
+    if kv.k.dtype != queries.dtype:
+        return "needs queries and keys of one dtype"
+    if dim % 8 or dim > 256:
+        return f"needs a head dimension that is a multiple of 8 up to 256, this is {dim}"
+    if rows > FUSED_ROWS:
+        return f"takes at most {FUSED_ROWS} rows, these are {rows}"
+    if torch.compiler.is_compiling():
+        return "is not traced by torch.compile"
+    return None if has_triton() else "triton is not installed"
+
+
+def choose(queries: torch.Tensor, kv: Any) -> tuple[str, str]:
+    """(backend, reason) for this call: "triton" (fused) or "torch" (blocks of logits). Never waits for the device."""
+    why = _not_triton(queries, kv)
+    return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
 
 
 @torch.no_grad()
 def run(
-    queries: torch.Tensor, kv: Any, *, q_pos: torch.Tensor, scaling: float, newest: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+    queries: torch.Tensor, kv: Any, *, q_pos: torch.Tensor, scaling: float, newest: bool = False,
+    _backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Softmax mass of the rows per key column and per diagonal: (columns, diagonals), both fp32 [B, Hq, S].
 
     columns[j] sums P over the rows at slot j; diagonals[d] sums P where d = query position - key position. Each sums
@@ -25,6 +53,26 @@ def run(
     newest: no row is -1 and no slot is empty, the rows are the last w slots: only those slots need a mask.
     Source: the probe of MInference (arXiv 2407.02490) and FlexPrefill (arXiv 2502.20766).
     """
+    name, slots = _backend or choose(queries, kv)[0], kv.k.shape[2]
+    if name == "torch":
+        columns, skewed = _run_torch(queries, kv, q_pos, scaling, newest)
+    elif name == "triton":
+        from attnpatch.executors._line_sums_triton import launch
+
+        columns, skewed = launch(queries, kv.k, kv.pos, q_pos, scaling)
+    else:
+        raise ConfigError(f"line sums by {name!r}: allowed are 'torch' and 'triton'.")
+    if newest:
+        return columns, skewed[..., :slots].flip(-1)
+    entry = q_pos.amax(-1)[:, None] - torch.arange(slots, device=q_pos.device)  # [B, S]
+    at = entry.clamp(min=0)[:, None].expand(-1, queries.shape[1], -1)
+    return columns, skewed.gather(-1, at).masked_fill((entry < 0)[:, None], 0.0)
+
+
+def _run_torch(
+    queries: torch.Tensor, kv: Any, q_pos: torch.Tensor, scaling: float, newest: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns [B, Hq, S], and the diagonals [B, Hq, S + w - 1] by the sum of slot and row, newest row 0."""
     batch, heads, rows, dim = queries.shape
     kv_heads, slots = kv.k.shape[1], kv.k.shape[2]
     group = heads // kv_heads
@@ -53,10 +101,4 @@ def run(
         # rows one longer than the next row's start: row i of the flat view is shifted right by i
         wide = F.pad(mass, (0, rows)).flatten(-2)[..., : rows * (end - first + rows - 1)]
         skewed[..., first : end + rows - 1] += wide.unflatten(-1, (rows, -1)).sum(dim=3)
-    if newest:
-        diagonals = skewed[..., :slots].flip(-1)
-    else:
-        entry = q_pos.amax(-1)[:, None] - torch.arange(slots, device=q_pos.device)  # [B, S]
-        at = entry.clamp(min=0)[:, None, None].expand(-1, kv_heads, group, -1)
-        diagonals = skewed.gather(-1, at).masked_fill((entry < 0)[:, None, None], 0.0)
-    return columns.flatten(1, 2), diagonals.flatten(1, 2)
+    return columns.flatten(1, 2), skewed.flatten(1, 2)

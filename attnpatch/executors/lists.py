@@ -11,16 +11,34 @@ import torch
 
 from attnpatch.decisions import ranked
 from attnpatch.executors import naive
+from attnpatch.executors.backends import capability, has_triton, too_old
 from attnpatch.executors.column_sums import compute_dtype, rows_per_block
 
 
-def pack(chosen: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _kernels(x: torch.Tensor) -> str | None:
+    """What stands in the way of the Triton kernels, or None."""
+    if why := too_old(x.device.type, capability(x.device), 8):
+        return why
+    if torch.compiler.is_compiling():
+        return "is not traced by torch.compile"
+    if x.shape[-1] >= 2**30:
+        return f"takes less than 2**30 in a row, these are {x.shape[-1]}"
+    return None if has_triton() else "triton is not installed"
+
+
+def pack(
+    chosen: torch.Tensor, width: int | None = None, *, _backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Map -> lists: bool [..., n] -> index int32 [..., W] ascending, packed left, 0 behind; count int32 [...].
 
     W is n, or `width`, which the caller knows to suffice: a longer list keeps its last `width` pages.
     """
     pages = chosen.shape[-1]
     width = pages if width is None else min(width, pages)
+    if _backend == "triton" or (_backend is None and _kernels(chosen) is None):
+        from attnpatch.executors import _pack_triton
+
+        return _pack_triton.launch(chosen, width)
     rank = chosen.cumsum(-1, dtype=torch.int32)  # 1 for the first chosen
     total = rank[..., -1:] if pages else rank.new_zeros(*chosen.shape[:-1], 1)
     place = rank - 1 - (total - width).clamp(min=0)
@@ -79,36 +97,67 @@ def _map(order: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, taken)
 
 
-def top_k(scores: torch.Tensor, k: int | torch.Tensor, later: bool = True) -> torch.Tensor:
+def _not_triton(scores: torch.Tensor) -> str | None:
+    """What stands in the way of the search without a sort, or None."""
+    if scores.dtype == torch.float64 or not scores.is_floating_point():
+        return f"searches in float32, this is {str(scores.dtype).removeprefix('torch.')}"
+    return _kernels(scores)
+
+
+def choose(scores: torch.Tensor) -> tuple[str, str]:
+    """(backend, reason) of top_k, mass_count and top_mass: "triton" (a search) or "torch" (a sort). Never waits."""
+    why = _not_triton(scores)
+    return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
+
+
+def top_k(
+    scores: torch.Tensor, k: int | torch.Tensor, later: bool = True, *, _backend: str | None = None
+) -> torch.Tensor:
     """bool [..., n]: the k best of each row of scores [..., n], never -inf. Ties go to the later index, or the earlier.
 
     k: int, or integer tensor of scores' leading dims ([B, H] for scores [B, H, R, n]); it may exceed n.
     """
-    values, order = _descending(scores, later)
     if isinstance(k, torch.Tensor):
         k = k[(...,) + (None,) * (scores.ndim - k.ndim)]
+    if (_backend or choose(scores)[0]) == "triton" and scores.shape[-1] < 2**24:  # which fp32 counts exactly
+        from attnpatch.executors import _mass_triton
+
+        most = k[..., 0] if isinstance(k, torch.Tensor) else torch.full((), k, device=scores.device)
+        return _mass_triton.launch(scores, most, _mass_triton.COUNT, later=later)
+    values, order = _descending(scores, later)
     return _map(order, (torch.arange(scores.shape[-1], device=scores.device) < k) & (values > float("-inf")))
 
 
-def mass_count(scores: torch.Tensor, mass: float, n: torch.Tensor) -> torch.Tensor:
+def mass_count(scores: torch.Tensor, mass: float, n: torch.Tensor, *, _backend: str | None = None) -> torch.Tensor:
     """int [...]: how many of the largest of the first n scores hold `mass`, the one that crosses it included.
 
     scores: [..., m], 0 from n (int, broadcasts to [...]) on. n + 1 where all together hold no more than `mass`.
     """
+    if (_backend or choose(scores)[0]) == "triton":
+        from attnpatch.executors import _mass_triton
+
+        limit = torch.full((), mass, device=scores.device)
+        # zeros fit all or not at all
+        return torch.minimum(_mass_triton.launch(scores, limit, _mass_triton.WITHIN, count=True).long(), n) + 1
     total = scores.sort(dim=-1, descending=True).values.cumsum(-1)
     real = torch.arange(scores.shape[-1], device=scores.device) < n[..., None]
     return ((total <= mass) & real).sum(-1) + 1
 
 
 def top_mass(
-    scores: torch.Tensor, mass: torch.Tensor, *, taken: torch.Tensor | float = 0.0, lag: int = 1
-) -> torch.Tensor:
+    scores: torch.Tensor, mass: torch.Tensor, *, taken: torch.Tensor | float = 0.0, lag: int = 1,
+    _backend: str | None = None,
+) -> torch.Tensor:  # fmt: skip
     """bool [..., n]: the largest scores (>= 0), best first, while `taken` plus those before hold less than `mass`.
 
     mass, taken: [...]. lag 1: the score that crosses `mass` is included. lag 0: it is dropped (while <= mass). lag 2:
     the test looks one score further back, so that one more is taken, the best always. Ties go to the later index.
     Scores of -inf come last; whether they are taken is undefined.
     """
+    if lag < 2 and (_backend or choose(scores)[0]) == "triton":
+        from attnpatch.executors import _mass_triton
+
+        return _mass_triton.launch(scores, mass - taken, _mass_triton.BELOW if lag else _mass_triton.WITHIN)
     values, order = _descending(scores)
     start = taken[..., None] if isinstance(taken, torch.Tensor) else taken
     total, limit = values.cumsum(-1) + start, mass[..., None]

@@ -117,6 +117,7 @@ class FlexPrefill(Patch):
         voting = torch.where((probe_pos >= 0)[:, None, :, None], probe, 0.0)
         mean = voting.sum(2, keepdim=True, dtype=keys.dtype) / voters[..., None] * ctx.scaling  # [B, Hq, 1, D]
         aware = self._query_aware(mean, keys, column_blocks, blocks)
+        ctx.report["query-aware heads"] = aware
         budgets = self._budget(lines, end, blocks).masked_fill(aware, self.min_blocks)  # [2, B, Hq]
         return Choice(
             lists.top_k(_first_is_best(column_blocks, blocks), budgets[0]),

@@ -81,7 +81,7 @@ class RefreshKV(Patch):
             kv.plain["recycled_full"], kv.rows["recycled_due"] = True, self._moved(q, kv, ctx)
         if kv.S <= kv.plain["recycled"][1] + 1:
             return None  # all are listed
-        return self._either(kv) if turn else Selection(columns=kv.rows["recycled"])
+        return self._either(kv) if turn else Selection(columns=kv.rows["recycled"], distinct=True)
 
     def _moved(self, q: Tensor, kv: KV, ctx: Ctx) -> Tensor:
         """bool [B]: the query is not like that of the last full step. q: [B, Hq, 1, D]."""
@@ -102,7 +102,8 @@ class RefreshKV(Patch):
         due, pages = kv.rows["recycled_due"], -(-kv.S // PAGE)
         index = torch.arange(pages, dtype=torch.int32, device=kv.k.device)[None, None, None]
         count = due[:, None, None].to(torch.int32) * pages
-        return Selection(index, count, PAGE, columns=kv.rows["recycled"].masked_fill(due[:, None, None], -1))
+        columns = kv.rows["recycled"].masked_fill(due[:, None, None], -1)
+        return Selection(index, count, PAGE, columns=columns, distinct=True)
 
     def observe(self, q: Tensor, kv: KV, ctx: Ctx) -> None:
         """Renew the list by the newest query, at the end of a prompt and at full steps."""

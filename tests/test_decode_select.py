@@ -16,7 +16,7 @@ import attnpatch
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.errors import ConfigError
-from attnpatch.executors import dispatch, naive, page_bounds, row_lists
+from attnpatch.executors import dispatch, gather_decode, naive, page_bounds
 
 # ---- a layer as the engine hands it to the hooks ----
 
@@ -719,7 +719,7 @@ def test_no_host_wait(patch, monkeypatch):
 def interpreted():
     """Runs in a process of its own: the interpreter must be asked for before triton is imported."""
     mend_interpreter()
-    row_lists._decide = lambda call, forced: ("triton", "compared")
+    gather_decode._decide = lambda call, forced: ("triton", "compared")
     qc = {"schedule": "qc", "stride": 3, "threshold": 0.1}
     for patch in (Quest(**QUEST), RefreshKV(**RECYCLED), RefreshKV(**{**RECYCLED, **qc}), HiP(**{**HIP, "refresh": 3}),
                   TokenSelect(**TOKENS)):  # fmt: skip

@@ -61,7 +61,7 @@ class Layer:
             self.layer, self.n_layers, "decode" if event == "step" else "prefill", event, q_pos,
             () if event == "step" else tuple(ends), self.scaling, self.softcap,
         )  # fmt: skip
-        ctx.ragged, ctx.turn = holes, turned
+        ctx.ragged, ctx.turn, ctx.back = holes, turned, lambda x: turned(x.float(), -q_pos)
         return q, kv, ctx
 
     def attended(self, patch, ends, event="step", paused=()):
@@ -433,7 +433,7 @@ def test_tokenselect_equals_the_specification(change, heads, kv_heads):
 def test_tokenselect_votes():
     layer, patch = Layer(), TokenSelect(**TOKENS)
     q, kv, ctx = layer.call([80])
-    votes = patch.votes(q, kv, torch.tensor([80]))
+    votes = patch.votes(q, kv, torch.tensor([79]))
     assert (votes > float("-inf")).sum() == 80 - 4 - 12
     torch.testing.assert_close(votes[votes > 0].sum(), torch.tensor(4.0))
     few, more = (layer.attended(TokenSelect(**{**TOKENS, "top_k": k}), [80])[0][0] for k in (5, 9))

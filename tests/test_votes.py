@@ -43,7 +43,7 @@ def expected(q, k, end, first, scaling, softcap, reduce, heads):
 
 def check(form, q, k, end, first=0, scaling=0.3, softcap=None, reduce="sum", heads=1):
     found = votes.run(
-        q, k, end=end, first=first, scaling=scaling, softcap=softcap, reduce=reduce, heads=heads, _backend=form[0]
+        q, k, end=(end + 9)[:, None].expand(-1, 2)[:, -1], late=9, first=first, scaling=scaling, softcap=softcap, reduce=reduce, heads=heads, _backend=form[0]
     )
     wanted = expected(*(x.cpu() for x in (q, k, end)), first, scaling, softcap, reduce, heads)
     tolerance = TOLERANCE[q.dtype]

@@ -15,20 +15,21 @@ PARTS = 128
 """Most parts the keys of a head are cut into: each reader of the logits reads the statistics of all."""
 
 
-@triton.jit(do_not_specialize=["slots", "first", "parts"])
+@triton.jit(do_not_specialize=["slots", "first", "parts", "late"])
 def _logits(
     Q, K, END, SKIP, LOGITS, TOP, MASS,
-    q_batch, q_head, k_batch, k_head, k_step, scale, cap, slots, first, parts, kv_heads,
+    q_batch, q_head, k_batch, k_head, k_step, end_batch,
+    scale, cap, slots, first, late, parts, kv_heads,
     D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_SKIP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """LOGITS fp32 [B, Hq, slots], base 2, of slots first .. end[b] - 1; TOP, MASS fp32 [B * Hq, parts] of each part."""
+    """LOGITS fp32 [B, Hq, slots], base 2, of slots first .. end[b] - late - 1; TOP, MASS fp32 [B * Hq, parts] of each part."""
     part, batch, kv_head = tl.program_id(0), tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
     batch, kv_head = batch.to(tl.int64), kv_head.to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + batch) != 0:
             return
-    end = tl.minimum(tl.load(END + batch).to(tl.int32), slots)
+    end = tl.minimum(tl.load(END + batch * end_batch).to(tl.int32) - late, slots)
     each = tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), parts), N) * N
     begin = first + part * each
     stop = tl.minimum(begin + each, end)
@@ -58,9 +59,9 @@ def _logits(
     tl.store(MASS + at, mass, mask=m < ROWS)
 
 
-@triton.jit(do_not_specialize=["slots", "first", "parts"])
+@triton.jit(do_not_specialize=["slots", "first", "parts", "late"])
 def _reduce(
-    LOGITS, TOP, MASS, END, SKIP, OUT, slots, first, parts, outs,
+    LOGITS, TOP, MASS, END, SKIP, OUT, end_batch, slots, first, late, parts, outs,
     HEADS: tl.constexpr, H: tl.constexpr, N: tl.constexpr, CUTS: tl.constexpr, KIND: tl.constexpr,
     HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +70,7 @@ def _reduce(
     if HAS_SKIP:
         if tl.load(SKIP + batch) != 0:
             return
-    end = tl.minimum(tl.load(END + batch).to(tl.int32), slots)
+    end = tl.minimum(tl.load(END + batch * end_batch).to(tl.int32) - late, slots)
     h, c = tl.arange(0, H), tl.arange(0, CUTS)
     slot = tl.program_id(0) * N + tl.arange(0, N)
     inside = (slot >= first) & (slot < end)
@@ -119,8 +120,8 @@ def places(device: torch.device) -> int:
 
 
 def launch(
-    q: torch.Tensor, k: torch.Tensor, first: int, end: torch.Tensor, scaling: float, softcap: float | None,
-    reduce: str, outs: int, skip: torch.Tensor | None,
+    q: torch.Tensor, k: torch.Tensor, first: int, end: torch.Tensor, late: int, scaling: float,
+    softcap: float | None, reduce: str, outs: int, skip: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """fp32 [B, outs, S], as `votes.run`."""
     (batch, heads, _, dim), (kv_heads, slots) = q.shape, k.shape[1:3]
@@ -133,15 +134,15 @@ def launch(
     marks = {"HAS_SKIP": skip is not None}
     flag = end if skip is None else skip.contiguous().view(torch.uint8)
     _logits[(parts, batch * kv_heads)](
-        q, k, end, flag, logits, stats[0], stats[1], *q.stride()[:2], *k.stride()[:3],
-        float(scaling), float(softcap or 1.0), slots, first, parts, kv_heads,
+        q, k, end, flag, logits, stats[0], stats[1], *q.stride()[:2], *k.stride()[:3], end.stride(0),
+        float(scaling), float(softcap or 1.0), slots, first, late, parts, kv_heads,
         SOFTCAP=softcap is not None, **marks, **sizes,
     )  # fmt: skip
     per = heads // outs
     wide = triton.next_power_of_2(per)
     width = max(64, min(1024, 8192 // wide))
     _reduce[(-(-slots // width), batch * outs)](
-        logits, stats[0], stats[1], end, flag, out, slots, first, parts, outs,
+        logits, stats[0], stats[1], end, flag, out, end.stride(0), slots, first, late, parts, outs,
         HEADS=per, H=wide, N=width, CUTS=triton.next_power_of_2(parts), KIND=reduce, **marks, num_warps=4,
     )  # fmt: skip
     return out

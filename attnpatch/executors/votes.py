@@ -22,11 +22,11 @@ def choose(q: torch.Tensor, k: torch.Tensor) -> tuple[str, str]:
 
 
 def _run_torch(
-    q: torch.Tensor, k: torch.Tensor, first: int, end: torch.Tensor, scaling: float, softcap: float | None,
-    reduce: str, outs: int,
+    q: torch.Tensor, k: torch.Tensor, first: int, end: torch.Tensor, late: int, scaling: float,
+    softcap: float | None, reduce: str, outs: int,
 ) -> torch.Tensor:  # fmt: skip
     slot = torch.arange(k.shape[2], device=q.device)
-    inside = ((slot >= first) & (slot < end[:, None]))[:, None]  # [B, 1, S]
+    inside = ((slot >= first) & (slot < end[:, None] - late))[:, None]  # [B, 1, S]
     packed = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, Hkv, G, D]
     logits = matmul(operand(packed), operand(k).transpose(-1, -2)).float().flatten(1, 2) * scaling  # [B, Hq, S]
     if softcap is not None:
@@ -39,11 +39,11 @@ def _run_torch(
 
 @torch.no_grad()
 def run(
-    q: torch.Tensor, k: torch.Tensor, *, end: torch.Tensor, first: int = 0, scaling: float = 1.0,
+    q: torch.Tensor, k: torch.Tensor, *, end: torch.Tensor, first: int = 0, late: int = 0, scaling: float = 1.0,
     softcap: float | None = None, reduce: str = "sum", heads: int = 1, skip: torch.Tensor | None = None,
     _backend: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Softmax of scaling * q . k over slots first .. end[b] - 1 of each row, reduced over query heads; -inf elsewhere.
+    """Softmax of scaling * q . k over slots first .. end[b] - late - 1 of a row, reduced over heads; -inf elsewhere.
 
     q: [B, Hq, 1, D]; k: [B, Hkv, S, D], slots are positions and those named are filled; end: int [B].
     Returns fp32 [B, heads, S], of which each is the sum, max or mean over Hq / heads neighbouring query heads.
@@ -56,9 +56,9 @@ def run(
         )
     name = _backend or choose(q, k)[0]
     if name == "torch":
-        return _run_torch(q, k, first, end, scaling, softcap, reduce, heads)
+        return _run_torch(q, k, first, end, late, scaling, softcap, reduce, heads)
     if name != "triton":
         raise ConfigError(f"{name!r} is not a backend of votes; allowed: triton, torch.")
     from attnpatch.executors._votes_triton import launch
 
-    return launch(q, k, first, end, scaling, softcap, reduce, heads, skip)
+    return launch(q, k, first, end, late, scaling, softcap, reduce, heads, skip)

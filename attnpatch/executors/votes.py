@@ -33,7 +33,7 @@ def _run_torch(
         logits = torch.tanh(logits / softcap) * softcap
     logits = torch.where(inside, logits, float("-inf"))  # also replaces NaN of free slots
     probs = torch.softmax(logits, dim=-1).unflatten(1, (outs, -1))
-    found = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}[reduce](probs, dim=2)
+    found = probs.sum(2) if reduce == "sum" else probs.mean(2) if reduce == "mean" else probs.amax(2)
     return torch.where(inside, found, float("-inf"))  # also replaces NaN of rows with none
 
 

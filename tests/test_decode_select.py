@@ -597,14 +597,14 @@ def test_schedules_that_amount_to_others():
 def test_similarity_is_of_queries_before_their_rotation(monkeypatch):
     """One token over and over, as the first layer's queries: alike before the rotation, whatever their positions."""
     model, found = tiny("llama"), []
-    moved = RefreshKV._moved
-    monkeypatch.setattr(RefreshKV, "_moved", lambda *args: found.append(moved(*args)) or found[-1])
+    like = RefreshKV._like
+    monkeypatch.setattr(RefreshKV, "_like", lambda *args: found.append(like(*args)) or found[-1])
     hyper = {"budget": 20, "min_budget": 1, "stride": 2, "threshold": 0.99999}
     with attnpatch.patched(model, "recycled", layers=[0], **hyper), torch.no_grad():
         cache, ids = attnpatch.PatchCache(model), torch.full((1, 50), 7)
         for part in (ids, *[ids[:, :1]] * 6, *[ids[:, :1] + 1] * 2):
             model(part, **{CACHE: cache})
-    assert torch.cat(found).tolist() == [False] * 3 + [True]
+    assert torch.cat(found).tolist() == [True] * 3 + [False]
 
 
 @pytest.mark.parametrize("patch", SMALL)

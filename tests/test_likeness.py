@@ -32,6 +32,15 @@ def test_rows_that_are_unlike_replace_what_was_kept(form, width):
         assert torch.equal(kept[i], (old if alike else query)[i])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_cosine_of_just_the_threshold(form):
+    for above in (False, True):
+        query, kept = torch.tensor([[3.0, 4.0]], device=form[1]), torch.tensor([[1.0, 0.0]], device=form[1])
+        q_pos = torch.zeros(1, dtype=torch.long, device=form[1])
+        threshold = float(torch.tensor(3.0) / torch.tensor(5.0))
+        assert likeness.run(query, kept, q_pos, threshold, above=above, _backend=form[0]).tolist() == [not above]
+
+
 def test_choice():
     assert likeness.choose(torch.zeros(1, 4)) == ("torch", "not triton: needs CUDA capability >= 8")
     with pytest.raises(ConfigError, match="'nonsense' is not a backend of likeness"):

@@ -24,10 +24,8 @@ def check(backend, scores, k, most=None):
     assert index.shape == (*scores.shape[:-1], k) and index.dtype == count.dtype == torch.int32
     n = scores.shape[-1]
     most = torch.full(count.shape, k) if most is None else most.expand(count.shape)
-    for row, found, width, limit in zip(
-        scores.reshape(-1, n).tolist(), index.reshape(-1, k).tolist(), count.flatten().tolist(), most.flatten().tolist(),
-        strict=True,
-    ):  # fmt: skip
+    given = scores.reshape(-1, n), index.reshape(-1, k), count.flatten(), most.flatten()
+    for row, found, width, limit in zip(*(x.tolist() for x in given), strict=True):
         wanted = expected(row, min(k, limit))
         assert found == wanted + [n] * (k - len(wanted)) and width == len(wanted)
 

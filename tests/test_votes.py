@@ -42,9 +42,9 @@ def expected(q, k, end, first, scaling, softcap, reduce, heads):
 
 
 def check(form, q, k, end, first=0, scaling=0.3, softcap=None, reduce="sum", heads=1):
-    found = votes.run(
-        q, k, end=(end + 9)[:, None].expand(-1, 2)[:, -1], late=9, first=first, scaling=scaling, softcap=softcap, reduce=reduce, heads=heads, _backend=form[0]
-    )
+    later = (end + 9)[:, None].expand(-1, 2)[:, -1]  # as q_pos, not contiguous
+    options = {"first": first, "scaling": scaling, "softcap": softcap, "reduce": reduce, "heads": heads}
+    found = votes.run(q, k, end=later, late=9, _backend=form[0], **options)
     wanted = expected(*(x.cpu() for x in (q, k, end)), first, scaling, softcap, reduce, heads)
     tolerance = TOLERANCE[q.dtype]
     torch.testing.assert_close(found.cpu(), wanted, atol=tolerance, rtol=tolerance)

@@ -121,7 +121,7 @@ def tokenselect(patch: Patch, layer: Layer) -> Iterator[tuple[str, Callable[[], 
         step(patch, own)
         if name == "miss":  # a query of NaN is like no other
             own.ctx.back = lambda x: layer.ctx.back(x) * float("nan")
-        now = {"tokens_slots": own.kv.S - 1}
+        now: dict[str, Any] = {"tokens_slots": own.kv.S - 1}
         yield name, again(patch, own, **now)
         yield f"{name} choosing", again(patch, own, choose, **now)
 
@@ -136,7 +136,8 @@ def recycled(patch: Any, layer: Layer) -> Iterator[tuple[str, Callable[[], Any]]
         method = patch
         if compares and name != "step":  # a threshold that every check meets, or none
             method = type(patch)(**{**patch.hyperparameters(), "threshold": 1.01 if name == "full" else -1.01})
-        now = {"recycled_slots": own.kv.S - 1, "recycled_step": 0 if name == "step" else patch.stride - 1}
+        now: dict[str, Any] = {"recycled_slots": own.kv.S - 1}
+        now["recycled_step"] = 0 if name == "step" else patch.stride - 1
         yield name, again(method, own, **now)
 
 

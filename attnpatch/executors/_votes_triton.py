@@ -23,7 +23,7 @@ def _logits(
     D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_SKIP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """LOGITS fp32 [B, Hq, slots], base 2, of slots first .. end[b] - late - 1; TOP, MASS fp32 [B * Hq, parts] of each part."""
+    """LOGITS fp32 [B, Hq, slots], base 2, of slots first .. end[b] - late - 1; TOP, MASS fp32 [B * Hq, parts]."""
     part, batch, kv_head = tl.program_id(0), tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
     batch, kv_head = batch.to(tl.int64), kv_head.to(tl.int64)
     if HAS_SKIP:

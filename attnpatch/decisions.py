@@ -37,6 +37,7 @@ class Selection:
     page: int = 1  # keys per index unit: index i names slots i * page .. i * page + page - 1
     bq: int = 0  # query rows that share a list, counted from the first row of `rows`; 0 = one list for all rows
     columns: torch.Tensor | None = None  # int32 [B|1, H, C] slots for every row besides its list; -1 = unused
+    distinct: bool = False  # promise: no column is repeated, nor lies in a listed page; saves looking for it
     sink: int = 0  # keys at positions 0 .. sink - 1
     window: int = 0  # the last keys of each query, itself included
     skip: int = 0  # keys at positions below are left out, whatever names them

@@ -58,8 +58,8 @@ class Quest(Patch):
         """None (dense), or the pages of each head as one list."""
         import torch
 
-        from attnpatch.decisions import Selection, ranked
-        from attnpatch.executors import page_bounds
+        from attnpatch.decisions import Selection
+        from attnpatch.executors import page_bounds, top_slots
         from attnpatch.executors.column_sums import group_max
 
         width = self.pages(kv.S)
@@ -74,12 +74,10 @@ class Quest(Patch):
             page = torch.arange(scores.shape[-1], device=q.device)
             last = newest.div(self.page_size, rounding_mode="floor")
             scores = scores.masked_fill((page == last[:, None])[:, None], float("inf"))
-        index, count = ranked(scores, width), None
-        if kv.holes:  # shorter rows may attend fewer pages
-            count = self._count(newest + 1)[:, None, None]  # [B, 1, 1]
-            index = torch.where(torch.arange(width, device=q.device) < count, index, scores.shape[-1])
-        index = index.sort(dim=-1).values.to(torch.int32)
-        return Selection(index[:, :, None], count, self.page_size)
+        # shorter rows may attend fewer pages
+        most = self._count(newest + 1)[:, None] if kv.holes else None  # [B, 1]
+        index, count = top_slots.run(scores, width, most)
+        return Selection(index[:, :, None], count[:, :, None] if kv.holes else None, self.page_size)
 
     def _count(self, keys: Tensor) -> Tensor:
         """`pages`, but no more than there are, for keys int [B]: int32 [B]."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PAGE = 16
 """Keys of a page of the list of everything."""
+LISTED = ("recycled", "recycled_score", "recycled_query")
 
 
 @register("recycled")
@@ -31,8 +32,7 @@ class RefreshKV(Patch):
     of the heads, before its rotation, has a cosine of at most `threshold` to that of the last full step, in each layer
     and row by itself. `budget` is of the prompt, at least `min_budget`; while no more keys are held, decoding is dense.
     Chosen here where the spec leaves it open: the newest key is always listed and does not vote (`force_self`); ties
-    go to the later key; a turn of several tokens is dense, renews the list and starts the count of steps again. A step
-    that compares queries scores all keys whether the list is renewed or not, since the host does not know.
+    go to the later key; a turn of several tokens is dense, renews the list and starts the count of steps again.
     """
 
     budget: Any = option("0.125", "keys listed per KV head: tokens, ratio of the prompt, or bytes of KV")
@@ -59,16 +59,17 @@ class RefreshKV(Patch):
     def needs_rope(self) -> bool:
         return self.schedule == "qc"
 
-    # State of a layer. rows: "recycled" int32 [B, Hkv, K + 1] slots (-1 = none), a ring whose next entry to overwrite
-    # is the weakest, then the oldest; "recycled_next" int [B], that entry; "recycled_query" fp32 [B, D], mean query of
-    # the last full step; "recycled_due" bool [B], from `select` to `observe`: rows with a full step (absent = all).
+    # State of a layer. rows: "recycled" int32 [B, Hkv, K + 1] slots (-1 = none), in no order, "recycled_score" fp32,
+    # by which they were listed (`weakest`); "recycled_query" fp32 [B, D], mean query of the last full step;
+    # "recycled_like" bool [B], from `select` to `observe`: rows whose step is not full (absent = none).
     # state: "recycled_size" int [B], K of each row. plain: "recycled" = (largest K, smallest K), "recycled_step",
     # "recycled_slots" = slots at the last step, "recycled_full" = `observe` must renew the list.
-    # The ring has an entry more than the list: a step attends the list and itself, and only then the weakest goes.
+    # There is an entry more than the list: a step attends the list and itself, and only then the weakest goes.
 
     def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection | None:
         """None (everything), or the list as columns."""
         from attnpatch.decisions import Selection
+        from attnpatch.executors import weakest
 
         step = kv.plain["recycled_step"] = kv.plain.get("recycled_step", 0) + 1
         known = "recycled" in kv.rows and kv.plain["recycled_slots"] == kv.S - 1  # no step was left out
@@ -76,22 +77,19 @@ class RefreshKV(Patch):
         if not known or (turn and self.schedule == "fixed"):
             kv.plain["recycled_full"] = True
             return None
-        self._push(kv, ctx.q_pos[:, -1])
+        weakest.replace(kv.rows["recycled"], kv.rows["recycled_score"], ctx.q_pos[:, -1])
         if turn:
-            kv.plain["recycled_full"], kv.rows["recycled_due"] = True, self._moved(q, kv, ctx)
+            kv.plain["recycled_full"], kv.rows["recycled_like"] = True, self._like(q, kv, ctx, self.threshold)
         if kv.S <= kv.plain["recycled"][1] + 1:
             return None  # all are listed
-        return self._either(kv) if turn else Selection(columns=kv.rows["recycled"])
+        return self._either(kv) if turn else Selection(columns=kv.rows["recycled"], distinct=True)
 
-    def _moved(self, q: Tensor, kv: KV, ctx: Ctx) -> Tensor:
-        """bool [B]: the query is not like that of the last full step. q: [B, Hq, 1, D]."""
-        from torch.nn.functional import cosine_similarity
+    def _like(self, q: Tensor, kv: KV, ctx: Ctx, threshold: float) -> Tensor:
+        """bool [B]: q [B, Hq, 1, D] is like the last full step's (cosine above threshold); else it replaces it."""
+        from attnpatch.executors import likeness
 
-        return cosine_similarity(self._mean(q, ctx.q_pos, ctx), kv.rows["recycled_query"], dim=-1) <= self.threshold
-
-    def _mean(self, q: Tensor, q_pos: Tensor, ctx: Ctx) -> Tensor:
-        """fp32 [B, D]: mean of q [B, Hq, 1, D] over the heads, turned back from q_pos int [B, 1] to position 0."""
-        return ctx.turn(q.float().mean(1, keepdim=True), -q_pos)[:, 0, 0]
+        query = ctx.back(q.float().mean(1, keepdim=True)).flatten(1)  # fp32 [B, D]
+        return likeness.run(query, kv.rows["recycled_query"], ctx.q_pos[:, -1], threshold, above=True)
 
     def _either(self, kv: KV) -> Selection:
         """Rows that are due attend everything, as a list of all pages whose length the host does not know."""
@@ -99,10 +97,11 @@ class RefreshKV(Patch):
 
         from attnpatch.decisions import Selection
 
-        due, pages = kv.rows["recycled_due"], -(-kv.S // PAGE)
+        due, pages = ~kv.rows["recycled_like"], -(-kv.S // PAGE)
         index = torch.arange(pages, dtype=torch.int32, device=kv.k.device)[None, None, None]
         count = due[:, None, None].to(torch.int32) * pages
-        return Selection(index, count, PAGE, columns=kv.rows["recycled"].masked_fill(due[:, None, None], -1))
+        columns = kv.rows["recycled"].masked_fill(due[:, None, None], -1)
+        return Selection(index, count, PAGE, columns=columns, distinct=True)
 
     def observe(self, q: Tensor, kv: KV, ctx: Ctx) -> None:
         """Renew the list by the newest query, at the end of a prompt and at full steps."""
@@ -117,60 +116,90 @@ class RefreshKV(Patch):
             capacity = tuple(max(self.min_budget, c) for c in ctx.capacity(self.budget))
             kv.plain.update(recycled=(max(capacity), min(capacity)), recycled_step=0, recycled_slots=kv.S)
             kv.state["recycled_size"] = torch.tensor(capacity, device=q.device)
+        like = kv.rows.pop("recycled_like", None)
+        if ctx.event == "step" and "recycled" in kv.rows:
+            if self.needs_rope and like is None:
+                self._like(q, kv, ctx, 2.0)  # a full step for another reason
+            self._renew(q, kv, ctx, ctx.q_pos[:, -1], like)
+            return
         newest = ctx.q_pos.amax(-1)  # [B]; -1 = the call has no token of the row
-        due = kv.rows.pop("recycled_due", None)
         last = ctx.q_pos.argmax(-1)[:, None, None, None].expand(-1, q.shape[1], -1, q.shape[3])
-        q = q.gather(2, last)
-        new = {"recycled": self._ring(self.scores(q, kv, ctx, newest), kv), "recycled_next": kv.state["recycled_size"]}
+        old = {name: kv.rows[name] for name in LISTED if name in kv.rows}
+        shape = (q.shape[0], kv.k.shape[1], kv.plain["recycled"][0] + 1)
+        kv.rows["recycled"] = torch.full(shape, -1, dtype=torch.int32, device=q.device)
+        kv.rows["recycled_score"] = torch.full(shape, float("-inf"), device=q.device)
+        self._renew(q.gather(2, last), kv, ctx, newest, None)
         if self.needs_rope:
-            new["recycled_query"] = self._mean(q, newest[:, None], ctx)
-        if "recycled" in kv.rows:
-            kept = newest < 0 if due is None else (newest < 0) | ~due
-            wider = new["recycled"].shape[-1] - kv.rows["recycled"].shape[-1]
-            kv.rows["recycled"] = torch.nn.functional.pad(kv.rows["recycled"], (0, wider), value=-1)
-            for name, x in new.items():
-                new[name] = torch.where(kept.view(-1, *(1 for _ in x.shape[1:])), kv.rows[name], x)
-        kv.rows.update(new)
+            query = q.gather(2, last).float().mean(1, keepdim=True)
+            kv.rows["recycled_query"] = ctx.turn(query, -newest[:, None])[:, 0, 0]
+        if old:
+            self._kept(kv, old, newest < 0)
 
-    def scores(self, q: Tensor, kv: KV, ctx: Ctx, newest: Tensor) -> Tensor:
+    def _kept(self, kv: KV, old: dict[str, Tensor], kept: Tensor) -> None:
+        """Take back what rows `kept` (bool [B]) had before a turn in which they have no token."""
+        import torch
+
+        for name, x in old.items():
+            new = kv.rows[name]
+            width = max(0, new.shape[-1] - x.shape[-1])
+            x = torch.nn.functional.pad(x, (0, width), value=-1 if name == "recycled" else float("inf"))
+            wider = torch.nn.functional.pad(
+                new, (0, x.shape[-1] - new.shape[-1]), value=-1 if name == "recycled" else float("inf")
+            )
+            kv.rows[name] = torch.where(kept.view(-1, *(1 for _ in x.shape[1:])), x, wider)
+
+    def _renew(self, q: Tensor, kv: KV, ctx: Ctx, newest: Tensor, like: Tensor | None) -> None:
+        """List the best K slots anew by q [B, Hq, 1, D] at newest int [B], except in rows `like` (bool [B])."""
+        import torch
+
+        from attnpatch.executors import top_slots
+
+        listed, score, size = kv.rows["recycled"], kv.rows["recycled_score"], kv.state["recycled_size"][:, None]
+        if ctx.ragged:  # a row without a token keeps its list
+            like = newest < 0 if like is None else like | (newest < 0)
+        scores = self.scores(q, kv, ctx, newest, like)
+        old = None if like is None else (listed, torch.empty(listed.shape[:2], dtype=torch.int32, device=q.device))
+        index, _ = top_slots.run(scores, listed.shape[-1], size, old=old, skip=None if like is None else like[:, None])
+        index.masked_fill_(index >= kv.S, -1)
+        value = scores.gather(-1, index.clamp(min=0).long()).masked_fill(index < 0, float("-inf"))
+        if ctx.ragged:  # entries that a shorter row never uses
+            spare = torch.arange(listed.shape[-1], device=q.device) > size[..., None]
+            value = value.masked_fill(spare, float("inf"))
+        kv.rows["recycled"] = index
+        kv.rows["recycled_score"] = value if like is None else torch.where(like[:, None, None], score, value)
+
+    def scores(self, q: Tensor, kv: KV, ctx: Ctx, newest: Tensor, skip: Tensor | None = None) -> Tensor:
         """What the list goes by, fp32 [B, Hkv, S], -inf at free slots: pooled attention of q [B, Hq, 1, D].
 
-        newest: int [B], position of q, -1 = no query.
+        newest: int [B], position of q, -1 = no query; skip: bool [B], rows of which nothing is asked.
         """
         from torch.nn.functional import max_pool1d
 
-        from attnpatch.executors import column_sums
+        from attnpatch.executors import column_sums, votes
 
-        probs = column_sums.run(q, kv, q_pos=newest[:, None], scaling=ctx.scaling, softcap=ctx.softcap)
-        reduce = column_sums.group_max if self.gqa == "group_max" else column_sums.group_mean
-        scores = reduce(probs, kv.k.shape[1])
-        free, own = kv.pos < 0, kv.pos == newest[:, None, None]  # [B, 1|Hkv, S]
-        scores = scores.masked_fill(free | own if self.force_self else free, float("-inf"))
+        ranged = kv.complete and (kv.aligned or not ctx.ragged)  # slots are positions
+        if ranged:
+            reduce = "max" if self.gqa == "group_max" else "mean"
+            scores = votes.run(
+                q, kv.k, end=newest, late=-1, scaling=ctx.scaling, softcap=ctx.softcap, reduce=reduce,
+                heads=kv.k.shape[1], skip=skip,
+            )  # fmt: skip
+        else:
+            probs = column_sums.run(q, kv, q_pos=newest[:, None], scaling=ctx.scaling, softcap=ctx.softcap)
+            group = column_sums.group_max if self.gqa == "group_max" else column_sums.group_mean
+            scores = group(probs, kv.k.shape[1])
+        if not ctx.ragged:  # the newest is the last slot, and none is free
+            own = slice(-1, None)
+            if self.force_self:
+                scores[..., own] = float("-inf")
+            if self.kernel_size > 1:
+                scores = max_pool1d(scores, self.kernel_size, 1, self.kernel_size // 2)
+            if self.force_self:
+                scores[..., own] = float("inf")
+            return scores
+        free, mine = kv.pos < 0, kv.pos == newest[:, None, None]  # [B, 1|Hkv, S]
+        scores = scores.masked_fill(free | mine if self.force_self else free, float("-inf"))
         if self.kernel_size > 1:
             scores = max_pool1d(scores, self.kernel_size, 1, self.kernel_size // 2)
         scores = scores.masked_fill(free, float("-inf"))
-        return scores.masked_fill(own & ~free, float("inf")) if self.force_self else scores
-
-    def _ring(self, scores: Tensor, kv: KV) -> Tensor:
-        """The best K slots of each row in ascending order of their scores fp32 [B, Hkv, S], then the spare entry."""
-        import torch
-
-        from attnpatch.decisions import ranked
-
-        width, size = kv.plain["recycled"][0], kv.state["recycled_size"]
-        order = ranked(scores, min(width, scores.shape[-1]))
-        order = torch.where(scores.gather(-1, order) == float("-inf"), -1, order)
-        order = torch.nn.functional.pad(order, (0, width + 1 - order.shape[-1]), value=-1)  # [B, Hkv, K + 1]
-        back = size[:, None, None] - 1 - torch.arange(width + 1, device=scores.device)
-        ring = order.gather(-1, back.clamp(min=0).expand_as(order))
-        return torch.where(back < 0, -1, ring).to(torch.int32)
-
-    def _push(self, kv: KV, newest: Tensor) -> None:
-        """Write the newest slot (int [B], -1 = none) over the next entry of the ring, in place."""
-        import torch
-
-        ring, following, size = kv.rows["recycled"], kv.rows["recycled_next"], kv.state["recycled_size"]
-        at = following[:, None, None].expand(-1, ring.shape[1], -1)
-        new = newest[:, None, None].to(ring.dtype)
-        ring.scatter_(-1, at, torch.where(new < 0, ring.gather(-1, at), new))
-        kv.rows["recycled_next"] = torch.where(newest < 0, following, (following + 1) % (size + 1))
+        return scores.masked_fill(mine & ~free, float("inf")) if self.force_self else scores

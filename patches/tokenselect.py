@@ -24,8 +24,7 @@ class TokenSelect(Patch):
     every head spreads one vote over them by the softmax of its unscaled q . k. A step whose query has a cosine of
     `threshold` or more to that of the last vote takes its tokens again (all heads as one vector, before rotation).
     Not the paper's: positions are the true ones in scores and attention, so no length is gained beyond the trained one;
-    the sparse prefill is left out. Chosen here: ties go to the later token; each turn votes anew; votes are counted in
-    every step, whether they are needed or not, since the host does not know: the threshold saves no time yet.
+    the sparse prefill is left out. Chosen here: ties go to the later token; each turn votes anew.
     """
 
     top_k: int = option(2048, "tokens that the heads vote for", low=1)
@@ -60,60 +59,47 @@ class TokenSelect(Patch):
 
     def _chosen(self, q: Tensor, kv: KV, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """Slots int32 [B, top_k], ascending, and how many of them count [B]: new ones, or those of a like query."""
-        import torch
-        from torch.nn.functional import cosine_similarity
+        from attnpatch.executors import likeness, top_slots
 
-        new = dict(zip(("tokens", "tokens_count"), self._voted(q, kv, ctx.q_pos[:, -1] + 1), strict=True))
+        newest = ctx.q_pos[:, -1]  # [B]; -1 = no token in this step
         known = "tokens" in kv.rows and kv.plain["tokens_slots"] == kv.S - 1  # no token came without a step
-        kv.plain["tokens_slots"] = kv.S
+        kv.plain["tokens_slots"], like, old = kv.S, None, None
         if self.needs_rope:
-            idle = ctx.q_pos < 0  # [B, 1]: rows without a token in this step
-            # NaN is like nothing: where there was no token, the next one votes
-            query = ctx.turn(q.float(), -ctx.q_pos).flatten(1)  # [B, Hq * D]
-            new["tokens_query"] = query.masked_fill(idle, float("nan"))
+            query = ctx.back(q).flatten(1)  # fp32 [B, Hq * D]
             if known:
-                like = cosine_similarity(new["tokens_query"], kv.rows["tokens_query"], dim=-1) >= self.threshold
-                old = like[:, None] | idle
-                for name, x in new.items():
-                    new[name] = torch.where(old.view(-1, *(1 for _ in x.shape[1:])), kv.rows[name], x)
-        kv.rows.update(new)
-        return new["tokens"], new["tokens_count"]
+                like = likeness.run(query, kv.rows["tokens_query"], newest, self.threshold)
+                old = kv.rows["tokens"], kv.rows["tokens_count"]
+            else:  # NaN is like nothing: where there was no token, the next one votes
+                kv.rows["tokens_query"] = query.masked_fill(newest[:, None] < 0, float("nan"))
+        index, count = top_slots.run(self.votes(q, kv, newest, like), self.top_k, old=old, skip=like)
+        kv.rows["tokens"], kv.rows["tokens_count"] = index, count
+        return index, count
 
-    def votes(self, q: Tensor, kv: KV, tokens: Tensor) -> Tensor:
+    def votes(self, q: Tensor, kv: KV, newest: Tensor, skip: Tensor | None = None) -> Tensor:
         """fp32 [B, S]: votes for the tokens between the first and the last ones, -inf elsewhere.
 
-        q: [B, Hq, 1, D]; tokens: int [B], tokens of each row.
+        q: [B, Hq, 1, D]; newest: int [B], position of q; skip: bool [B], rows of which nothing is asked.
         """
         import torch
         from torch.nn.functional import max_pool1d
 
-        from attnpatch.executors import lists
+        from attnpatch.executors import lists, votes
         from attnpatch.executors.column_sums import matmul, operand
 
+        late = self.n_local - 1
+        if self.selection == "soft_vote":
+            found = votes.run(q, kv.k, first=self.n_init, end=newest, late=late, skip=skip)[:, 0]
+            if self.pool_kernel == 1:
+                return found
         slot = torch.arange(kv.S, device=q.device)
-        between = (slot >= self.n_init) & (slot < tokens[:, None] - self.n_local)  # [B, S]
-        packed = q.reshape(q.shape[0], kv.k.shape[1], -1, q.shape[3])  # [B, Hkv, G, D]
-        logits = matmul(operand(packed), operand(kv.k).transpose(-1, -2)).float().flatten(1, 2)  # [B, Hq, S]
-        logits = torch.where(between[:, None], logits, float("-inf"))  # also replaces NaN of free slots
-        if self.selection == "logit_sum":
-            votes = logits.sum(1)
-        elif self.selection == "head_vote":
-            votes = lists.top_k(logits, self.top_k).sum(1).float()
-        else:
-            votes = torch.softmax(logits, dim=-1).sum(1)
-        votes = torch.where(between, votes, float("-inf"))  # also replaces NaN of rows with none
+        between = (slot >= self.n_init) & (slot < newest[:, None] - late)  # [B, S]
+        if self.selection != "soft_vote":
+            packed = q.reshape(q.shape[0], kv.k.shape[1], -1, q.shape[3])  # [B, Hkv, G, D]
+            logits = matmul(operand(packed), operand(kv.k).transpose(-1, -2)).float().flatten(1, 2)  # [B, Hq, S]
+            logits = torch.where(between[:, None], logits, float("-inf"))  # also replaces NaN of free slots
+            found = logits.sum(1) if self.selection == "logit_sum" else lists.top_k(logits, self.top_k).sum(1).float()
+            found = torch.where(between, found, float("-inf"))
         if self.pool_kernel > 1:
-            votes = max_pool1d(votes[:, None], self.pool_kernel, 1, self.pool_kernel // 2)[:, 0]
-            votes = votes.masked_fill(~between, float("-inf"))
-        return votes
-
-    def _voted(self, q: Tensor, kv: KV, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots with the most votes, as `_chosen` returns them."""
-        import torch
-
-        from attnpatch.decisions import ranked
-
-        index = ranked(self.votes(q, kv, tokens), self.top_k)
-        count = (tokens - self.n_local - self.n_init).clamp(min=0, max=self.top_k)
-        meant = torch.arange(self.top_k, device=q.device) < count[:, None]
-        return torch.where(meant, index, kv.S).sort(dim=-1).values.to(torch.int32), count.to(torch.int32)
+            found = max_pool1d(found[:, None], self.pool_kernel, 1, self.pool_kernel // 2)[:, 0]
+            found = found.masked_fill(~between, float("-inf"))
+        return found

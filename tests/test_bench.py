@@ -206,3 +206,16 @@ def test_prefill_quick_run(tmp_path):
     (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert set(row["methods"]) == set(prefill.METHODS) and not any("error" in m for m in row["methods"].values())
     assert {f"{name} total" for name in prefill.METHODS} <= set(row["over_dense"])
+
+
+def test_decode_quick_run(tmp_path, capsys):
+    from attnpatch.bench import decode
+
+    decode.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "d.json")])
+    (row,) = json.loads((tmp_path / "d.json").read_text())["rows"]
+    assert not row["errors"] and not any("error" in m for m in row["methods"].values())
+    assert set(row["methods"]) == set(decode.METHODS) and set(decode.AVERAGES) < set(row["over_dense"])
+    assert {"tokenselect hit", "tokenselect miss", "quest step", "recycled default check"} <= set(row["times"])
+    with pytest.raises(SystemExit):
+        decode.main(["--device", "cpu", "--out", str(tmp_path / "d.json")])
+    assert "--quick" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import attnpatch
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.errors import ConfigError
-from attnpatch.executors import dispatch, naive, page_bounds, row_lists
+from attnpatch.executors import dispatch, gather_decode, naive, page_bounds
 
 # ---- a layer as the engine hands it to the hooks ----
 
@@ -61,7 +61,7 @@ class Layer:
             self.layer, self.n_layers, "decode" if event == "step" else "prefill", event, q_pos,
             () if event == "step" else tuple(ends), self.scaling, self.softcap,
         )  # fmt: skip
-        ctx.ragged, ctx.turn = holes, turned
+        ctx.ragged, ctx.turn, ctx.back = holes, turned, lambda x: turned(x.float(), -q_pos)
         return q, kv, ctx
 
     def attended(self, patch, ends, event="step", paused=()):
@@ -433,7 +433,7 @@ def test_tokenselect_equals_the_specification(change, heads, kv_heads):
 def test_tokenselect_votes():
     layer, patch = Layer(), TokenSelect(**TOKENS)
     q, kv, ctx = layer.call([80])
-    votes = patch.votes(q, kv, torch.tensor([80]))
+    votes = patch.votes(q, kv, torch.tensor([79]))
     assert (votes > float("-inf")).sum() == 80 - 4 - 12
     torch.testing.assert_close(votes[votes > 0].sum(), torch.tensor(4.0))
     few, more = (layer.attended(TokenSelect(**{**TOKENS, "top_k": k}), [80])[0][0] for k in (5, 9))
@@ -597,14 +597,14 @@ def test_schedules_that_amount_to_others():
 def test_similarity_is_of_queries_before_their_rotation(monkeypatch):
     """One token over and over, as the first layer's queries: alike before the rotation, whatever their positions."""
     model, found = tiny("llama"), []
-    moved = RefreshKV._moved
-    monkeypatch.setattr(RefreshKV, "_moved", lambda *args: found.append(moved(*args)) or found[-1])
+    like = RefreshKV._like
+    monkeypatch.setattr(RefreshKV, "_like", lambda *args: found.append(like(*args)) or found[-1])
     hyper = {"budget": 20, "min_budget": 1, "stride": 2, "threshold": 0.99999}
     with attnpatch.patched(model, "recycled", layers=[0], **hyper), torch.no_grad():
         cache, ids = attnpatch.PatchCache(model), torch.full((1, 50), 7)
         for part in (ids, *[ids[:, :1]] * 6, *[ids[:, :1] + 1] * 2):
             model(part, **{CACHE: cache})
-    assert torch.cat(found).tolist() == [False] * 3 + [True]
+    assert torch.cat(found).tolist() == [True] * 3 + [False]
 
 
 @pytest.mark.parametrize("patch", SMALL)
@@ -719,7 +719,7 @@ def test_no_host_wait(patch, monkeypatch):
 def interpreted():
     """Runs in a process of its own: the interpreter must be asked for before triton is imported."""
     mend_interpreter()
-    row_lists._decide = lambda call, forced: ("triton", "compared")
+    gather_decode._decide = lambda call, forced: ("triton", "compared")
     qc = {"schedule": "qc", "stride": 3, "threshold": 0.1}
     for patch in (Quest(**QUEST), RefreshKV(**RECYCLED), RefreshKV(**{**RECYCLED, **qc}), HiP(**{**HIP, "refresh": 3}),
                   TokenSelect(**TOKENS)):  # fmt: skip

@@ -135,6 +135,7 @@ def _patched(
     ctx = Ctx(ordinal or 0, len(plan.covered), call.phase, event, q_pos, (), scaling, softcap, None, custom)
     if plan.rope is not None:
         ctx.turn = lambda x, by: plan.rope.turn(x, index, by)
+        ctx.back = lambda x: call.unturned(x, index)
     reweighters = plan.reweighters[call.phase] if ordinal is not None else ()
     want_lse = bool(reweighters) or (bool(observers) and plan.needs_lse)
     selector = plan.selectors.get(call.phase) if ordinal is not None else None

@@ -116,6 +116,7 @@ class Ctx:
     lse: Tensor | None = None  # [B, Hq, T]; in `reweight` after what earlier methods changed, elsewhere before
     out: Tensor | None = None  # [B, T, Hq, D], in `reweight` only
     turn: Any = None  # turn(x [B, H, T, D], by [B, T]): x as if `by` positions further on; for `needs_rope`
+    back: Any = None  # back(x [B, H, 1, D]): x of this step's tokens as if at position 0, fp32; for `needs_rope`
     ragged: bool = True  # rows may hold different numbers of tokens (padding)
     bytes_per_token: float | None = None
     report: dict[str, Tensor] = field(default_factory=dict)  # numbers to show in status (their mean), by name
@@ -163,6 +164,7 @@ class Call:
         self._order: Tensor | None = None
         self._q_pos: Tensor | None = None
         self._lengths: dict[Any, Any] = {}
+        self._unturned: dict[Any, Tensor] = {}
         self.event = cache.begin(length, self.before) if cache is not None else "prompt"
 
     @property
@@ -253,6 +255,19 @@ class Call:
         if key not in self._lengths:
             self._lengths[key] = dense.row_lengths(layer.count, layer.keys)
         return self._lengths[key]
+
+    def unturned(self, x: Tensor, index: int) -> Tensor:
+        """x [B, H, 1, D] of this step's tokens in layer `index`, turned back to position 0, in fp32.
+
+        The layers share the turn, a matrix: to build it takes longer than to apply it.
+        """
+        rope = self.plan.rope
+        if index not in rope.turned:
+            return x.float()
+        key = (None if rope.types is None else rope.types[index], x.shape[0], x.shape[3], x.device)
+        if key not in self._unturned:
+            self._unturned[key] = rope.matrix(index, -self.q_pos(x.shape[0], x.device), x.shape[3])
+        return (x[:, :, 0].float() @ self._unturned[key])[:, :, None]
 
     def q_pos(self, batch: int, device: torch.device) -> Tensor:
         """True positions [B, T], -1 for padding: in the fed order, or real tokens first where `order` moves them."""

@@ -74,6 +74,13 @@ class Rope:
         """x [B, H, T, D] as if it stood `by` int [B, T] positions further on, in x's dtype; the angle is fp32."""
         return self.rotate(x, layer, by) if layer in self.turned else x
 
+    def matrix(self, layer: int, by: Tensor, dim: int) -> Tensor:
+        """R fp32 [B, D, D] with x @ R = x turned by `by` int [B, 1]."""
+        import torch
+
+        eye = torch.eye(dim, device=by.device)[None, :, None].expand(by.shape[0], -1, -1, -1)  # a vector as a head
+        return self.rotate(eye, layer, by)[:, :, 0]
+
     def rotate(self, x: Tensor, layer: int, by: Tensor) -> Tensor:
         """`turn`, whether the layer rotates or not."""
         wide = x.float()

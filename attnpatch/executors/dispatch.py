@@ -17,7 +17,9 @@ def executor(selection: Any, rows: int) -> str:
     """Name of the executor module for a Selection over `rows` queries."""
     if selection.index is None and selection.columns is None:
         return "dense"
-    return "pages" if rows > 1 and selection.bq >= COARSE and selection.page >= COARSE else "row_lists"
+    if rows == 1:
+        return "gather_decode"
+    return "pages" if selection.bq >= COARSE and selection.page >= COARSE else "row_lists"
 
 
 def run(

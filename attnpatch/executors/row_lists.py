@@ -44,7 +44,7 @@ class Lists:
 
     index: torch.Tensor | None  # int32 [B, H, R, W], ascending
     count: torch.Tensor | None  # int32 [B, H', R]
-    columns: torch.Tensor | None  # int32 [B, H, C], ascending; repeats and unused ones name slot S
+    columns: torch.Tensor | None  # int32 [B, H, C]; repeats and unused ones name slot S
     repeated: torch.Tensor | None  # bool [B, H, R, C]: the column lies in a page of the list
 
 
@@ -117,7 +117,8 @@ def _tiles(q: torch.Tensor, selection: Any) -> Tiles:
     return Tiles(first, rows, tile, per, -(-rows // tile))
 
 
-def _check(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> None:
+def check(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> None:
+    """Raise where a Selection is none for lists (ConfigError) or does not fit q and kv (InputError)."""
     if selection.dense:
         raise ConfigError("row_lists needs lists, columns, a sink or a window; give a dense term to `dense`.")
     if ctx.mask is not None:
@@ -135,7 +136,7 @@ def _meant(index: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
     return fresh if count is None else fresh & (torch.arange(index.shape[-1], device=index.device) < count[..., None])
 
 
-def _lists(selection: Any, batch: int, slots: int) -> Lists:
+def cleaned(selection: Any, batch: int, slots: int) -> Lists:
     """Columns sorted (so that repeats are neighbours) and marked where a page of the list holds them already."""
     index, count, columns = selection.index, selection.count, selection.columns
     index = None if index is None else index.expand(batch, *index.shape[1:])
@@ -143,6 +144,8 @@ def _lists(selection: Any, batch: int, slots: int) -> Lists:
     if columns is None:
         return Lists(index, count, None, None)
     columns = columns.expand(batch, -1, -1)
+    if selection.distinct:  # then there is nothing to look for
+        return Lists(index, count, torch.where(columns < 0, slots, columns), None)
     columns = torch.where((columns < 0) | (columns >= slots), slots, columns).sort(dim=-1).values.to(torch.int32)
     again = torch.zeros_like(columns, dtype=torch.bool)
     again[..., 1:] = columns[..., 1:] == columns[..., :-1]
@@ -265,7 +268,7 @@ def _tiles_at_once(q: torch.Tensor, selection: Any, lists: Lists, tiles: Tiles, 
 
 def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
     (batch, heads, total, dim), (kv_heads, slots) = q.shape, kv.k.shape[1:3]
-    tiles, lists = _tiles(q, selection), _lists(selection, batch, slots)
+    tiles, lists = _tiles(q, selection), cleaned(selection, batch, slots)
     own = max([kv_heads, *(x.shape[1] for x in (lists.index, lists.columns) if x is not None)])  # heads with own lists
     group, ordered, offset = heads // own, aligned(q, kv), slots - total + tiles.first
     pos, q_pos = _positions(q, kv, ctx, tiles)
@@ -301,7 +304,7 @@ def run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: boo
     """`run` by the Triton form."""
     from attnpatch.executors import _row_lists_triton
 
-    tiles, lists = _tiles(q, selection), _lists(selection, q.shape[0], kv.k.shape[2])
+    tiles, lists = _tiles(q, selection), cleaned(selection, q.shape[0], kv.k.shape[2])
     return _row_lists_triton.launch(q, kv, selection, ctx, tiles, lists, want_lse)
 
 
@@ -329,6 +332,6 @@ def run(
     the rows of the selection, a row without keys as zeros with lse -inf. See `attnpatch.executors` for kv and ctx.
     Raises InputError where shapes do not fit, ConfigError on a dense selection, a 4-D mask, or an unfit forced backend.
     """
-    _check(q, kv, selection, ctx)
+    check(q, kv, selection, ctx)
     name, _ = _decide(call(q, kv, ctx), _backend or os.environ.get("ATTNPATCH_BACKEND") or None)
     return _RUN[name](q, kv, selection, ctx, want_lse)

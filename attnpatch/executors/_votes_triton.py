@@ -1,0 +1,148 @@
+"""The Triton kernels of `votes`: one pass over the keys for the logits, one over the logits for the reduced softmax.
+
+Imported at the first call only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+PER_SM = 2
+"""Programs a multiprocessor holds at once in the pass over the keys."""
+PARTS = 128
+"""Most parts the keys of a head are cut into: each reader of the logits reads the statistics of all."""
+
+
+@triton.jit(do_not_specialize=["slots", "first", "parts", "late"])
+def _logits(
+    Q, K, END, SKIP, LOGITS, TOP, MASS,
+    q_batch, q_head, k_batch, k_head, k_step, end_batch,
+    scale, cap, slots, first, late, parts, kv_heads,
+    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SKIP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """LOGITS fp32 [B, Hq, slots], base 2, of slots first .. end[b] - late - 1; TOP, MASS fp32 [B * Hq, parts]."""
+    part, batch, kv_head = tl.program_id(0), tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    batch, kv_head = batch.to(tl.int64), kv_head.to(tl.int64)
+    if HAS_SKIP:
+        if tl.load(SKIP + batch) != 0:
+            return
+    end = tl.minimum(tl.load(END + batch * end_batch).to(tl.int32) - late, slots)
+    each = tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), parts), N) * N
+    begin = first + part * each
+    stop = tl.minimum(begin + each, end)
+    K += batch * k_batch + kv_head * k_head
+    m, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, WIDE)
+    head = kv_head * ROWS + m
+    mask = (m < ROWS)[:, None] & (d < D)[None, :]
+    q = tl.load(Q + batch * q_batch + head[:, None] * q_head + d[None, :], mask=mask, other=0.0)  # [M, D]
+    row = (batch * kv_heads * ROWS + head)[:, None]  # [M, 1] of [B * Hq]
+    top = tl.full([M], float("-inf"), tl.float32)
+    mass = tl.zeros([M], tl.float32)
+    for at in tl.range(begin, stop, N, num_stages=STAGES):
+        slot = at + n
+        ok = slot < stop
+        place = slot.to(tl.int64)
+        key = tl.load(K + place[:, None] * k_step + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+        logits = tl.dot(q, tl.trans(key), input_precision="ieee") * scale  # [M, N]
+        if SOFTCAP:
+            logits = cap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634 / cap)) + 1.0))
+        logits = tl.where(ok[None, :], logits * 1.4426950408889634, float("-inf"))
+        tl.store(LOGITS + row * slots + place[None, :], logits, mask=(m < ROWS)[:, None] & ok[None, :])
+        highest = tl.maximum(top, tl.max(logits, 1))
+        mass = mass * tl.exp2(top - highest) + tl.sum(tl.exp2(logits - highest[:, None]), 1)
+        top = highest
+    at = (batch * kv_heads * ROWS + head) * parts + part
+    tl.store(TOP + at, top, mask=m < ROWS)
+    tl.store(MASS + at, mass, mask=m < ROWS)
+
+
+@triton.jit(do_not_specialize=["slots", "first", "parts", "late"])
+def _reduce(
+    LOGITS, TOP, MASS, END, SKIP, OUT, end_batch, slots, first, late, parts, outs,
+    HEADS: tl.constexpr, H: tl.constexpr, N: tl.constexpr, CUTS: tl.constexpr, KIND: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+):  # fmt: skip
+    """OUT fp32 [B, outs, slots]: sum, max or mean of the probabilities of the HEADS query heads of each."""
+    batch, out = tl.program_id(1) // outs, tl.program_id(1).to(tl.int64)
+    if HAS_SKIP:
+        if tl.load(SKIP + batch) != 0:
+            return
+    end = tl.minimum(tl.load(END + batch * end_batch).to(tl.int32) - late, slots)
+    h, c = tl.arange(0, H), tl.arange(0, CUTS)
+    slot = tl.program_id(0) * N + tl.arange(0, N)
+    inside = (slot >= first) & (slot < end)
+    row = (out * HEADS + h)[:, None]  # [H, 1]
+    some = (h < HEADS)[:, None] & (c < parts)[None, :]
+    top = tl.load(TOP + row * parts + c[None, :], mask=some, other=float("-inf"))  # [H, CUTS]
+    mass = tl.load(MASS + row * parts + c[None, :], mask=some, other=0.0)
+    highest = tl.max(top, 1)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    mass = tl.sum(mass * tl.exp2(top - base[:, None]), 1)
+    lse = base + tl.log2(tl.where(mass == 0.0, 1.0, mass))  # [H]
+    logits = tl.load(
+        LOGITS + row * slots + slot[None, :], mask=(h < HEADS)[:, None] & inside[None, :], other=float("-inf")
+    )  # [H, N]
+    probs = tl.exp2(logits - lse[:, None])
+    if KIND == "max":
+        result = tl.max(probs, 0)
+    else:
+        result = tl.sum(probs, 0)
+        if KIND == "mean":
+            result = result / HEADS
+    tl.store(OUT + out * slots + slot, tl.where(inside, result, float("-inf")), mask=slot < slots)
+
+
+def shapes(dim: int, size: int, rows: int) -> dict[str, int]:
+    """Block sizes and launch settings of the pass over the keys; `size` bytes an element, `rows` query heads a key."""
+    return {
+        "D": dim,
+        "WIDE": max(16, triton.next_power_of_2(dim)),
+        "ROWS": rows,
+        "M": max(16, triton.next_power_of_2(rows)),
+        "N": 128 if dim * size <= 256 else 64 if dim * size <= 512 else 32,
+        "STAGES": 3,
+        "num_warps": 4,
+    }
+
+
+_places: dict[torch.device, int] = {}
+
+
+def places(device: torch.device) -> int:
+    """Programs that run at once on the device."""
+    if device not in _places:
+        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        _places[device] = PER_SM * sms
+    return _places[device]
+
+
+def launch(
+    q: torch.Tensor, k: torch.Tensor, first: int, end: torch.Tensor, late: int, scaling: float,
+    softcap: float | None, reduce: str, outs: int, skip: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """fp32 [B, outs, S], as `votes.run`."""
+    (batch, heads, _, dim), (kv_heads, slots) = q.shape, k.shape[1:3]
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    sizes = shapes(dim, q.element_size(), heads // kv_heads)
+    parts = max(1, min(-(-slots // sizes["N"]), places(q.device) // (batch * kv_heads), PARTS))
+    logits = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
+    stats = torch.empty(2, batch * heads * parts, dtype=torch.float32, device=q.device)
+    out = torch.empty(batch, outs, slots, dtype=torch.float32, device=q.device)
+    marks = {"HAS_SKIP": skip is not None}
+    flag = end if skip is None else skip.contiguous().view(torch.uint8)
+    _logits[(parts, batch * kv_heads)](
+        q, k, end, flag, logits, stats[0], stats[1], *q.stride()[:2], *k.stride()[:3], end.stride(0),
+        float(scaling), float(softcap or 1.0), slots, first, late, parts, kv_heads,
+        SOFTCAP=softcap is not None, **marks, **sizes,
+    )  # fmt: skip
+    per = heads // outs
+    wide = triton.next_power_of_2(per)
+    width = max(64, min(1024, 8192 // wide))
+    _reduce[(-(-slots // width), batch * outs)](
+        logits, stats[0], stats[1], end, flag, out, end.stride(0), slots, first, late, parts, outs,
+        HEADS=per, H=wide, N=width, CUTS=triton.next_power_of_2(parts), KIND=reduce, **marks, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,125 @@
+"""Attention of one query per row over listed keys: a decode step that reads little of a long cache.
+
+`choose` says which backend computes a call, and why. Set ATTNPATCH_BACKEND to triton or torch to force one (its other
+names speak of other executors). The Triton form splits the listed keys so that all multiprocessors read, packs the
+query heads that share a list, and knows empty slots and slots that are not positions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from attnpatch.errors import ConfigError, InputError, VersionError
+from attnpatch.executors import row_lists
+from attnpatch.executors.backends import HALF, capability, has_triton, too_old
+from attnpatch.executors.lists import spread
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class _Call(NamedTuple):
+    """All that the choice depends on."""
+
+    device: str
+    capability: int  # CUDA major version; 0 elsewhere
+    dtype: torch.dtype
+    dim: int
+    alike: bool  # q, k and v of one dtype and head dimension
+    grad: bool
+
+
+def _call(q: torch.Tensor, kv: Any) -> _Call:
+    return _Call(
+        device=q.device.type,
+        capability=capability(q.device),
+        dtype=q.dtype,
+        dim=q.shape[3],
+        alike=q.dtype == kv.k.dtype == kv.v.dtype and q.shape[3] == kv.v.shape[3],
+        grad=torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad),
+    )
+
+
+def _not_triton(c: _Call) -> str | None:
+    if why := too_old(c.device, c.capability, 8):
+        return why
+    if c.dtype not in (*HALF, torch.float32):
+        return f"needs float16, bfloat16 or float32, this is {str(c.dtype).removeprefix('torch.')}"
+    if c.dim > 256:
+        return f"needs a head dimension up to 256, this is {c.dim}"
+    if not c.alike:
+        return "needs queries, keys and values of one dtype and head dimension"
+    if c.grad:
+        return "has no backward pass"
+    return None if has_triton() else "triton is not installed"
+
+
+def _columns(selection: Any, batch: int, slots: int, heads: int) -> torch.Tensor | None:
+    """Columns int [B|1, H, C] of which each key counts once, -1 or >= slots where none does."""
+    if selection.columns is None or selection.distinct:
+        return selection.columns
+    lists = row_lists.cleaned(selection, batch, slots)
+    if lists.repeated is None or lists.columns is None:
+        return lists.columns
+    repeated = lists.repeated[:, :, 0]  # [B, H, C]
+    return torch.where(repeated, slots, spread(lists.columns, batch, repeated.shape[1]))
+
+
+def _run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
+    from attnpatch.executors import _gather_decode_triton
+
+    columns = _columns(selection, q.shape[0], kv.k.shape[2], q.shape[1])
+    complete = getattr(kv, "complete", False)
+    read = kv.pos is not None and (bool(kv.holes) or not complete)
+    # sink and window are ranges of slots where slots are positions
+    scan = read and not (complete and getattr(kv, "aligned", False)) and bool(selection.sink or selection.window)
+    return _gather_decode_triton.launch(q, kv, selection, columns, ctx, read, scan, want_lse)
+
+
+def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
+    return row_lists.run(q, kv, selection, ctx, want_lse, _backend="torch")
+
+
+_RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {"triton": _run_triton, "torch": _run_torch}
+
+
+def _decide(call: _Call, forced: str | None) -> tuple[str, str]:
+    why = None if forced == "torch" else _not_triton(call)
+    if not forced:
+        return ("torch", f"not triton: {why}") if why else ("triton", "the fastest that fits")
+    if forced not in _RUN:
+        raise ConfigError(f"{forced!r} is not a backend of gather_decode; allowed: {', '.join(_RUN)}.")
+    if why:
+        kind = VersionError if "not installed" in why else ConfigError
+        raise kind(f"the {forced} backend cannot do this call: {why}. Choose another backend, or none.")
+    return forced, "forced"
+
+
+def _forced() -> str | None:
+    name = os.environ.get("ATTNPATCH_BACKEND")
+    return name if name in _RUN else None
+
+
+def choose(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> tuple[str, str]:
+    """(backend, reason) for this call. Never waits for the device."""
+    return _decide(_call(q, kv), _forced())
+
+
+def run(
+    q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False, _backend: str | None = None
+) -> Result:
+    """Attention of one query per row, q [B, Hq, 1, D], over the keys that the selection names, each once.
+
+    Returns out [B, 1, Hq, D] in q.dtype and lse [B, Hq, 1] (fp32, natural; fp64 for fp64 inputs) or None; a row without
+    keys as zeros with lse -inf. See `attnpatch.executors` for kv and ctx.
+    Raises InputError where shapes do not fit or there are more queries, ConfigError on a dense selection, a 4-D mask,
+    or an unfit forced backend.
+    """
+    if q.shape[2] != 1:
+        raise InputError(f"gather_decode takes one query per row, these are {q.shape[2]}; use row_lists.")
+    row_lists.check(q, kv, selection, ctx)
+    name, _ = _decide(_call(q, kv), _backend or _forced())
+    return _RUN[name](q, kv, selection, ctx, want_lse)

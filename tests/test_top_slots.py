@@ -1,0 +1,105 @@
+"""top_slots against a plain sort; the Triton form on CUDA, else in the interpreter's own process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter import DEVICE, FORMS, INTERPRETED, mend_interpreter, needs_triton, run_interpreted
+
+from attnpatch.errors import ConfigError, InputError
+from attnpatch.executors import top_slots
+
+if INTERPRETED:
+    mend_interpreter()
+
+
+def expected(row, k):
+    """Slots of the k best, ascending; ties to the later, -inf never."""
+    order = sorted((i for i in range(len(row)) if row[i] > float("-inf")), key=lambda i: (row[i], i), reverse=True)
+    return sorted(order[:k])
+
+
+def check(backend, scores, k, most=None):
+    index, count = top_slots.run(scores, k, most, _backend=backend)
+    assert index.shape == (*scores.shape[:-1], k) and index.dtype == count.dtype == torch.int32
+    n = scores.shape[-1]
+    most = torch.full(count.shape, k) if most is None else most.expand(count.shape)
+    given = scores.reshape(-1, n), index.reshape(-1, k), count.flatten(), most.flatten()
+    for row, found, width, limit in zip(*(x.tolist() for x in given), strict=True):
+        wanted = expected(row, min(k, limit))
+        assert found == wanted + [n] * (k - len(wanted)) and width == len(wanted)
+
+
+def drawn(kind, *shape, device="cpu"):
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, generator=g)
+    if kind == "ties":
+        x = (x * 2).round()
+    elif kind == "peaked":  # as an unscaled softmax: most are zero
+        x = torch.softmax(x * 60, -1)
+    elif kind == "holes":
+        x = torch.where(torch.rand(shape, generator=g) < 0.7, float("-inf"), x)
+    elif kind == "extremes":
+        x = torch.where(x > 1, float("inf"), torch.where(x < -1, -3.0e38, torch.where(x > 0.5, -0.0, x * 1e-40)))
+    return x.to(device)
+
+
+KINDS = ["noise", "ties", "peaked", "holes", "extremes"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 7, 60, 77, 90])
+def test_short_rows(form, kind, k):
+    check(form[0], drawn(kind, 2, 3, 77, device=form[1]), k)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "k"), [(9001, 500), (8193, 8193), (12000, 3)])
+def test_long_rows(form, kind, n, k):
+    check(form[0], drawn(kind, 2, n, device=form[1]), k)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n", [50, 9000])
+def test_rows_with_few_or_no_scores_and_limits(form, n):
+    scores = drawn("holes", 2, 3, n, device=form[1])
+    scores[0, 0], scores[0, 1, 5:] = float("-inf"), float("-inf")
+    scores[0, 1, :5] = 1.0
+    check(form[0], scores, 20)
+    check(form[0], scores, 20, torch.tensor([[3], [0]], device=form[1]))
+    check(form[0], scores, 20, torch.tensor([[-1, 4, 30], [8, 9, 10]], device=form[1]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n", [50, 9000])
+def test_rows_that_skip_keep_what_they_had(form, n):
+    first, second = (drawn(kind, 2, 3, n, device=form[1]) for kind in ("noise", "ties"))
+    skip = torch.tensor([[True], [False]], device=form[1])
+    old = top_slots.run(first, 9, _backend=form[0])
+    before, new = tuple(x.clone() for x in old), top_slots.run(second, 9, _backend=form[0])
+    second[0] = float("nan")  # not read
+    found = top_slots.run(second, 9, old=old, skip=skip, _backend=form[0])
+    for a, b, c, d in zip(found, old, before, new, strict=True):
+        assert a is b and torch.equal(a[0], c[0]) and torch.equal(a[1], d[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_are_not_contiguous(form):
+    check(form[0], drawn("ties", 60, 4, device=form[1]).T, 11)
+
+
+def test_choice_and_refusals():
+    scores = drawn("noise", 40)
+    assert top_slots.choose(scores) == ("torch", "not triton: needs CUDA capability >= 8, this is cpu")
+    with pytest.raises(ConfigError, match="'nonsense' is not a backend of top_slots; allowed: triton, torch"):
+        top_slots.run(scores, 3, _backend="nonsense")
+    with pytest.raises(InputError, match="`old` and `skip` together"):
+        top_slots.run(scores, 3, skip=torch.ones((), dtype=torch.bool))
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests above run the fused form")
+def test_the_fused_form_in_tritons_interpreter():
+    run_interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__)

@@ -68,7 +68,7 @@ def test_status_tells_the_time_of_choosing_and_computing():
         found = status(model)
         assert all(layer.choosing > 0 and layer.computing > 0 for layer in found.layers)
         assert "s in choosing" in str(found) and "; heads of a kind 0.5" in str(found)
-        assert found.as_dict()["layers"][0]["report"] == {"heads of a kind": 0.5}
+        assert found.as_dict()["layers"][0]["report"]["heads of a kind"] == 0.5
 
 
 def test_composed_and_chunked():

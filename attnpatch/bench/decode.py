@@ -13,14 +13,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from attnpatch.api import resolve
-from attnpatch.bench.measure import Clock, environment, interleave, parser
+from attnpatch.bench.measure import Clock, captured, environment, interleave, parser
 from attnpatch.bench.prefill import structured
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
@@ -179,34 +178,6 @@ def dense_steps(layer: Layer) -> dict[str, Callable[[], Any]]:
         given = [x.transpose(1, 2) for x in (q, kv.k, kv.v)]
         runs["dense fa4"] = lambda: fa4(*given, softmax_scale=scaling, causal=True)
     return runs
-
-
-def all_of(calls: list[Callable[[], Any]]) -> None:
-    """Run one variant on every layer."""
-    for call in calls:
-        call()
-
-
-def captured(calls: list[Callable[[], Any]], clock: Clock) -> tuple[Callable[[], Any], str]:
-    """(run of all calls, what is timed): a CUDA graph of them, or the calls themselves."""
-    run = partial(all_of, calls)
-    if clock.device.type != "cuda":
-        return run, "wall clock"
-    side = torch.cuda.Stream(clock.device)
-    side.wait_stream(torch.cuda.current_stream(clock.device))
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream(clock.device).wait_stream(side)
-    clock.wait()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError as error:
-        clock.wait()
-        return run, f"events: {error}"[:200]
-    return graph.replay, "graph"
 
 
 def variants(own: list[Layer], quick: bool) -> tuple[dict[str, list[Callable[[], Any]]], dict[str, Any]]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,34 @@ def interleave(
             if repeat >= 0:
                 times[name].append(spent)
     return {name: summary(values) for name, values in times.items()}
+
+
+def all_of(calls: list[Callable[[], Any]]) -> None:
+    """Run each in turn."""
+    for call in calls:
+        call()
+
+
+def captured(calls: list[Callable[[], Any]], clock: Clock) -> tuple[Callable[[], Any], str]:
+    """(run of all calls, what is timed): a CUDA graph of them, or the calls themselves."""
+    run = partial(all_of, calls)
+    if clock.device.type != "cuda":
+        return run, "wall clock"
+    side = torch.cuda.Stream(clock.device)
+    side.wait_stream(torch.cuda.current_stream(clock.device))
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream(clock.device).wait_stream(side)
+    clock.wait()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError as error:
+        clock.wait()
+        return run, f"events: {error}"[:200]
+    return graph.replay, "graph"
 
 
 def summary(values: list[float]) -> dict[str, float]:

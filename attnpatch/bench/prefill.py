@@ -2,7 +2,8 @@
 
 One layer's attention of a whole prompt on a structured input (see `structured`): choosing alone, choosing and
 computing, and each dense backend that is usable, in turn in one run. On a GPU B=1, Hq=32, Hkv=8, D=128 in bf16 at 8k,
-32k, 128k; on a CPU Hq=8, Hkv=4, D=64 in fp32 at 16k. `--quick` is a dry run whose figures mean nothing.
+32k, 128k, timed as replays of CUDA graphs ("with_host": choosing as a host launches it on an idle GPU); on a CPU Hq=8,
+Hkv=4, D=64 in fp32 at 16k. `--quick` is a dry run whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from attnpatch.api import resolve
 from attnpatch.bench.engine import backend_output, peak_memory
-from attnpatch.bench.measure import Clock, environment, interleave, parser, ratio
+from attnpatch.bench.measure import Clock, captured, environment, interleave, parser, ratio
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.executors import column_sums, dense, dispatch
@@ -96,7 +97,13 @@ def row(
         }  # fmt: skip
     if clock.device.type == "cuda" or length < 4096:
         runs |= scoring(q, kv, ctx)
-    result["times"] = interleave(runs, repeats, clock)
+    graphs: dict[str, Callable[[], Any]] = {}
+    result["clock"] = {}
+    for name, run in runs.items():  # the GPU's time, not the host's
+        graphs[name], result["clock"][name] = captured([run], clock)
+    result["times"] = interleave(graphs, repeats, clock)
+    if clock.device.type == "cuda":
+        result["with_host"] = interleave({n: r for n, r in runs.items() if "choosing" in n}, 5, clock)
     best = min((f"dense {n}" for n in names), key=lambda n: result["times"][n]["median_ms"])
     result["fastest_dense"] = best
     result["over_dense"] = {n: ratio(result["times"], n, best) for n in runs if n != best}

@@ -56,24 +56,19 @@ class Quest(Patch):
 
     def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection | None:
         """None (dense), or the pages of each head as one list."""
-        import torch
 
         from attnpatch.decisions import Selection
         from attnpatch.executors import page_bounds, top_slots
-        from attnpatch.executors.column_sums import group_max
 
         width = self.pages(kv.S)
         if ctx.layer < self.dense_layers or width * self.page_size >= kv.S:
             return None
         newest = ctx.q_pos[:, -1]  # [B]
         bounds = self.bounds(kv, newest)
-        scores = page_bounds.scores(q, bounds, self.page_size, newest + 1 if kv.holes else None)  # [B, Hq, n]
-        if self.gqa == "group_max":
-            scores = group_max(scores, kv.k.shape[1])
-        if self.keep_last:
-            page = torch.arange(scores.shape[-1], device=q.device)
-            last = newest.div(self.page_size, rounding_mode="floor")
-            scores = scores.masked_fill((page == last[:, None])[:, None], float("inf"))
+        scores = page_bounds.scores(
+            q, bounds, self.page_size, newest + 1 if kv.holes else None,
+            last=newest if self.keep_last else None, largest=self.gqa == "group_max",
+        )  # fmt: skip  # [B, Hq|Hkv, n]
         # shorter rows may attend fewer pages
         most = self._count(newest + 1)[:, None] if kv.holes else None  # [B, 1]
         index, count = top_slots.run(scores, width, most)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from attnpatch.executors.backends import capability, has_triton, too_old
 from attnpatch.executors.column_sums import matmul, operand
 
 
@@ -36,9 +37,26 @@ def widened(bounds: torch.Tensor, pages: int) -> torch.Tensor:
     return torch.cat([bounds, empty], dim=2)
 
 
+def choose(q: torch.Tensor, bounds: torch.Tensor) -> tuple[str, str]:
+    """(backend, reason) for queries or keys q and bounds: "triton" or "torch". Never waits for the device."""
+    why = too_old(q.device.type, capability(q.device), 8)
+    if why is None and (q.dtype != bounds.dtype or q.dtype == torch.float64):
+        why = "needs queries and bounds of one dtype, no float64"
+    if why is None and (q.shape[3] > 256 or bounds.stride(-1) != 1):
+        why = f"needs a head dimension up to 256, this is {q.shape[3]}"
+    if why is None and not has_triton():
+        why = "triton is not installed"
+    return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
+
+
 @torch.no_grad()
-def add(bounds: torch.Tensor, k: torch.Tensor, page: int, slot: torch.Tensor) -> None:
+def add(bounds: torch.Tensor, k: torch.Tensor, page: int, slot: torch.Tensor, *, _backend: str | None = None) -> None:
     """Take the key at `slot` of each row into its page's bounds, in place; slot: int [B], -1 = no key for the row."""
+    if (_backend or choose(k, bounds)[0]) == "triton":
+        from attnpatch.executors import _page_bounds_triton
+
+        _page_bounds_triton.add(bounds, k, page, slot)
+        return
     at = slot.clamp(min=0).long()[:, None, None, None].expand(-1, k.shape[1], -1, -1)  # [B, Hkv, 1, 1]
     key = k.gather(2, at.expand(-1, -1, -1, k.shape[3]))
     at = (at // page).expand(-1, -1, -1, bounds.shape[3])
@@ -49,16 +67,33 @@ def add(bounds: torch.Tensor, k: torch.Tensor, page: int, slot: torch.Tensor) ->
 
 
 @torch.no_grad()
-def scores(q: torch.Tensor, bounds: torch.Tensor, page: int, end: torch.Tensor | None = None) -> torch.Tensor:
+def scores(
+    q: torch.Tensor,
+    bounds: torch.Tensor,
+    page: int,
+    end: torch.Tensor | None = None,
+    *,
+    last: torch.Tensor | None = None,
+    largest: bool = False,
+    _backend: str | None = None,
+) -> torch.Tensor:
     """Upper bound of q . k in each page, fp32 (fp64 for fp64) [B, Hq, n]: no scale, no cap, since both keep the order.
 
     q: [B, Hq, 1, D]; bounds: [B, Hkv, n, 2D]. end: int [B], keys of each row; pages from there on score -inf. None =
-    every page holds a key.
+    every page holds a key. last: int [B], the page of this slot scores +inf (-1 = none does). largest: the query heads
+    of a KV head share their largest score, [B, Hkv, n].
     """
+    if (_backend or choose(q, bounds)[0]) == "triton":
+        from attnpatch.executors import _page_bounds_triton
+
+        return _page_bounds_triton.scores(q, bounds, page, end, last, largest)
     rows = q.reshape(q.shape[0], bounds.shape[1], -1, q.shape[3])  # [B, Hkv, G, D]
     rows = torch.cat([rows.clamp(max=0), rows.clamp(min=0)], dim=-1)
-    out = matmul(operand(rows), operand(bounds).transpose(-1, -2)).flatten(1, 2)
-    if end is None:
-        return out
-    start = torch.arange(bounds.shape[2], device=q.device) * page
-    return torch.where((start < end[:, None])[:, None], out, float("-inf"))  # also replaces 0 * inf
+    out = matmul(operand(rows), operand(bounds).transpose(-1, -2))  # [B, Hkv, G, n]
+    number = torch.arange(bounds.shape[2], device=q.device)
+    if end is not None:
+        out = torch.where((number * page < end[:, None])[:, None, None], out, float("-inf"))  # also replaces 0 * inf
+    if last is not None:
+        own = number == last.div(page, rounding_mode="floor")[:, None]  # [B, n]
+        out = out.masked_fill(own[:, None, None], float("inf"))
+    return out.amax(2) if largest else out.flatten(1, 2)

@@ -26,9 +26,9 @@ def _scores(
     if HAS_END:  # pages without a key hold infinities, and get -inf below
         low = tl.where(low == float("inf"), 0.0, low).to(q.dtype)
         high = tl.where(high == float("-inf"), 0.0, high).to(q.dtype)
-    zero = tl.zeros_like(q)
-    total = tl.dot(tl.minimum(q, zero), tl.trans(low), input_precision="ieee")
-    total = tl.dot(tl.maximum(q, zero), tl.trans(high), total, input_precision="ieee")  # [M, N]
+    zero = tl.zeros_like(q)  # minimum and maximum of bf16 come out as fp32
+    total = tl.dot(tl.minimum(q, zero).to(q.dtype), tl.trans(low), input_precision="ieee")
+    total = tl.dot(tl.maximum(q, zero).to(q.dtype), tl.trans(high), total, input_precision="ieee")  # [M, N]
     if HAS_END:
         end = tl.load(END + batch * end_batch)
         total = tl.where((n * SIZE < end)[None, :], total, float("-inf"))

@@ -252,7 +252,7 @@ class Run:
                 options = {} if method.name == "dense" else method.options(task.length)
                 rows.append(
                     {"task": task.kind, "tokens": task.length, "keys": task.keys, "method": method.name, **options,
-                     "n": n, "correct": hits, "accuracy": round(hits / max(1, n), 4),
+                     "label": method.label, "n": n, "correct": hits, "accuracy": round(hits / max(1, n), 4),
                      "low": round(low, 4), "high": round(high, 4),
                      **({"attended": round(sum(pages) / len(pages), 4)} if pages else {}),
                      "over_dense": [round(x, 4) for x in paired(right, self.hits[task, self.methods[0]])]}
@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     for row in body["rows"]:
-        name = row["method"] + (f" {row['budget']:.0%}" if "budget" in row else "")
+        name = row["label"]
         task = f"{row['task']:7}{row['tokens']:6} keys={row['keys']:<3}"
         print(f"{task} {name:18} {row['correct']}/{row['n']}", flush=True)
 

@@ -191,7 +191,7 @@ def page_bounds(q: torch.Tensor, k: torch.Tensor, page: int, filled: torch.Tenso
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     pages, group = -(-k.shape[2] // page), q.shape[1] // k.shape[1]
-    out = torch.full((*q.shape[:2], pages), float("-inf"), dtype=dtype)
+    out = torch.full((*q.shape[:2], pages), float("-inf"), dtype=dtype, device=q.device)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             for j in range(pages):

@@ -11,8 +11,12 @@ from attnpatch.executors.backends import capability, has_triton, too_old
 from attnpatch.executors.column_sums import compute_dtype, matmul, operand, rows_per_block
 from attnpatch.executors.lists import spread
 
-LEAST = 1e-6
-"""Smallest weight of a row's other keys that takes all that "give_back" frees (see `least`)."""
+LEAST = 1e-3
+"""Smallest weight of a row's other keys that takes all that "give_back" frees (see `least`).
+
+Weights come from a log-sum-exp that another kernel summed in another order, so 1 minus the listed ones is off by about
+1e-6 in fp32; and a row without any other key must come out unchanged.
+"""
 RULES = ("renorm", "give_back")
 
 Result = tuple[torch.Tensor, torch.Tensor | None]

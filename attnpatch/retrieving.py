@@ -81,8 +81,8 @@ def _checked(blocks: Iterable[Any]) -> Iterator[str]:
 
 
 def retrieve(
-    model: Any, tokenizer: Any, text: Any, question: str | None = None, *, callback: Callable[[Pass], None] | None = None,
-    progress: bool = False, **options: Any,
+    model: Any, tokenizer: Any, text: Any, question: str | None = None, *,
+    callback: Callable[[Pass], None] | None = None, progress: bool = False, **options: Any,
 ) -> Retrieval:  # fmt: skip
     """Answer a question from a text of any length with InfiniRetri (arXiv 2502.12962); keeps a few sentences at a time.
 

@@ -116,8 +116,8 @@ class InfiniRetri(Patch):
         room = window - len(prompt) - max(self.window_length, 0 if self.faithful else least)
         if room < 0:
             raise ConfigError(
-                f"{self.name}: a chunk of {self.window_length} tokens and {len(prompt)} around it do not fit the model's "
-                f"window of {window}; lower window_length (and min_retrieve_tokens), or shorten the question."
+                f"{self.name}: a chunk of {self.window_length} tokens and {len(prompt)} around it do not fit the "
+                f"model's window of {window}; lower window_length (and min_retrieve_tokens), or shorten the question."
             )
         most = window - len(prompt) - self.window_length
         return -1 if self.faithful else least, min(most, self.max_retained_tokens or math.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import tracemalloc
@@ -410,6 +411,19 @@ def test_generate_reads_the_prompt(trained, inner):
     assert torch.equal(model(plain).logits, before) and "generate" not in vars(model)
 
 
+def test_reweighting_acts_in_the_passes(trained):
+    """Also without a cache, which a pass does without."""
+    model, tok = trained
+    ids = torch.tensor([tok("The code of amber fox is 48213. " * 8)["input_ids"]])
+    with attnpatch.patched(model, "zerotuning", gamma=3.0), torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids, use_cache=False).logits)
+    with attnpatch.patched(model, "infiniretri"):
+        plain = tap.read(model._attnpatch, ids, 5, slice(20, 33))
+    with attnpatch.patched(model, "infiniretri+zerotuning", zerotuning={"gamma": 3.0}):
+        turned = tap.read(model._attnpatch, ids, 5, slice(20, 33))
+    assert not torch.allclose(plain.q, turned.q, atol=1e-2)
+
+
 def test_batches_are_read_row_by_row(trained):
     model, tok = trained
     cases = [make("needle", n, keys=1, seed=2) for n in (900, 700)]
@@ -486,6 +500,11 @@ def test_ask(tmp_path, capsys, monkeypatch, trained):
         assert main.run([*given, *wrong]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO(case.context))
+    asked = [*given[:3], "--file", "-", *given[5:], "--patch", "snapkv", "--set", "snapkv.budget=300"]
+    assert main.run(asked) == 0 and case.answer_text in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00"), encoding="utf-8"))
+    assert main.run(asked) == 2 and "stdin is not UTF-8" in capsys.readouterr().err
 
 
 def test_bench_quick_run(tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
 """InfiniRetri by the length of the text: `python -m attnpatch.bench.retrieval --out FILE.json [--seconds 600]`.
 
 Time and peak memory of `retrieve` (passes and answer) on the embedded model at 64k to 1M tokens of filler with one
-fact, the text given as a stream; an eviction-free, fixed setting, so that time should be linear and memory flat. Where
+fact, the text given as a stream; time should be linear and memory flat. Where
 the authors' package `infini_retri` can be imported, the same texts go through it too (its model: eager attention, same
-weights and dtype; its text: one string), up to --package-tokens. Memory: CUDA's peak allocation above the weights; on
-a CPU, Linux' peak resident size above the start. `--quick` is a dry run.
+weights and dtype; its text: one string), up to --package-tokens and after all of ours. Memory: CUDA's peak allocation
+above what was allocated before; on a CPU, Linux' peak resident size above that before the first text. `--quick` is a
+dry run.
 """
 
 from __future__ import annotations
@@ -43,24 +44,26 @@ def document(tokenizer: Any, tokens: int, depth: float = 0.5, seed: int = 0) -> 
         yield block
 
 
-def resident_peak(run: Callable[[], Any]) -> int | None:
-    """Linux: the process's peak resident size during the run, above its size before; None elsewhere."""
+def resident_peak(run: Callable[[], Any], base: int) -> int | None:
+    """Linux: the process's peak resident size during the run, above `base`; None elsewhere."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the earlier peak
-        before = _resident("VmRSS")
     except OSError:
         run()
         return None
     run()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - base
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
+    """Bytes of a field of Linux' /proc/self/status; 0 elsewhere."""
+    if not Path("/proc/self/status").exists():
+        return 0
     line = next(x for x in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if x.startswith(name))
     return int(line.split()[1]) * 1024
 
 
-def measured(run: Callable[[], tuple[str, dict[str, Any]]], clock: Clock) -> dict[str, Any]:
+def measured(run: Callable[[], tuple[str, dict[str, Any]]], clock: Clock, base: int) -> dict[str, Any]:
     """Seconds, peak memory, and what the run says of itself. A failure is a result too."""
     got: list[tuple[str, dict[str, Any]]] = []
     seconds: list[float] = []
@@ -72,7 +75,7 @@ def measured(run: Callable[[], tuple[str, dict[str, Any]]], clock: Clock) -> dic
         seconds.append(time.perf_counter() - start)
 
     try:
-        peak = peak_memory(timed, clock) if clock.device.type == "cuda" else resident_peak(timed)
+        peak = peak_memory(timed, clock) if clock.device.type == "cuda" else resident_peak(timed, base)
     except Exception as error:  # a measuring script: one failure must not lose the rest
         return {"failed": f"{type(error).__name__}: {error}"[:500]}
     answer, about = got[0]
@@ -117,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--tokens", type=int, nargs="*", help="text lengths; default 64k to 1M")
     arguments.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by device")
     arguments.add_argument("--package-tokens", type=int, default=65536, help="longest text for the authors' package")
+    arguments.add_argument("--layer", type=int, help="layer that is read; default: as the method, the last")
     for name in ("window_length", "topk", "answer_length"):
         default = get_patch("infiniretri").__dataclass_fields__[name].default
         arguments.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
@@ -125,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model, tokenizer = testbed.load(dtype, device)
     options = {name: getattr(args, name) for name in ("window_length", "topk", "answer_length")}
-    options |= {"max_new_tokens": 16, **({"window_length": 300, "topk": 40} if args.quick else {})}
+    options |= {"layer": args.layer, "max_new_tokens": 16, **({"window_length": 300, "topk": 40} if args.quick else {})}
     cls, missing = package()
     eager: Any = None
     if cls is not None:
@@ -138,35 +142,40 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": str(model.dtype).removeprefix("torch."), "options": options, "package": missing or "infini_retri",
         "rows": [],
     }  # fmt: skip
+    base = resident("VmRSS")
     ours(model, tokenizer, 4 * options["window_length"], options)  # warm-up
+    rows = body["rows"]
     for tokens in args.tokens or (QUICK if args.quick else FULL):
-        if body["rows"] and clock.left() < 0:
+        if rows and clock.left() < 0:
             body["stopped"] = f"out of time before {tokens} tokens"
             break
-        run = partial(ours, model, tokenizer, tokens, options)
-        row: dict[str, Any] = {"tokens": tokens, "ours": measured(run, clock)}
-        if cls is not None and tokens <= args.package_tokens:
-            run = partial(theirs, cls, eager, tokenizer, tokens, options)
-            row["package"] = measured(run, clock)
-        body["rows"].append(compare(row, body["rows"]))
-        args.out.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(json.dumps(row, ensure_ascii=False), flush=True)
-    args.out.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        rows.append({"tokens": tokens, "ours": measured(partial(ours, model, tokenizer, tokens, options), clock, base)})
+        save(args.out, body, rows[-1])
+    for row in rows if cls is not None else ():
+        if row["tokens"] <= args.package_tokens and (clock.left() > 0 or row is rows[0]):
+            run = partial(theirs, cls, eager, tokenizer, row["tokens"], options)
+            row["package"] = measured(run, clock, base)
+            save(args.out, body, row)
 
 
-def compare(row: dict[str, Any], earlier: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row with what P10 asks: time per token and peak against the first row, and the package's time over ours."""
-    mine, first = row["ours"], (earlier[0] if earlier else row)["ours"]
-    if "failed" in mine or "failed" in first:
-        return row
+def save(out: Path, body: dict[str, Any], row: dict[str, Any]) -> None:
+    """Write the JSON and show the row that is new in it."""
+    compare(row, body["rows"][0])
+    out.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def compare(row: dict[str, Any], first: dict[str, Any]) -> None:
+    """Add what P10 asks: time per token and peak against the first row, and the package's time over ours."""
+    mine, start = row["ours"], first["ours"]
+    if "failed" in mine or "failed" in start:
+        return
     row["seconds_per_1k_tokens"] = round(mine["seconds"] / row["tokens"] * 1000, 5)
-    start = (earlier[0] if earlier else row)["tokens"]
-    row["time_per_token_over_first"] = round(mine["seconds"] / row["tokens"] / (first["seconds"] / start), 4)
-    if mine["peak_bytes"] and first["peak_bytes"]:
-        row["peak_over_first"] = round(mine["peak_bytes"] / first["peak_bytes"], 4)
+    row["time_per_token_over_first"] = round(mine["seconds"] / row["tokens"] / (start["seconds"] / first["tokens"]), 4)
+    if mine["peak_bytes"] and start["peak_bytes"]:
+        row["peak_over_first"] = round(mine["peak_bytes"] / start["peak_bytes"], 4)
     if "seconds" in row.get("package", {}):
         row["package_time_over_ours"] = round(row["package"]["seconds"] / mine["seconds"], 3)
-    return row
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ class Handle:
         if cache is not None or use_cache:
             cache = PatchCache(self.plan) if cache is None else cache
             self.last_cache, self.summary, kwargs[self.cache_name] = ref(cache), None, cache
-        elif self.plan.selectors:  # they live on cache layers; the model itself sees none
+        elif self.plan.selectors or any(self.plan.reweighters.values()):  # need cache layers; the model sees none
             cache = PatchCache(self.plan)
         kwargs["attnpatch"] = Call(self.plan, cache, inputs.shape[1])
         kwargs["attnpatch"].tap = tap

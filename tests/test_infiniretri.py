@@ -181,6 +181,30 @@ def test_tap_reads_what_eager_attends_with(trained):
     assert torch.allclose(got, want, atol=1e-5)
 
 
+def test_the_last_layer_with_full_attention_is_read():
+    """Gemma2: soft-capped logits, its own scale, every second layer with a window."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=4, attn_logit_softcapping=2.0,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], attn_implementation="eager",
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    ids = torch.randint(3, 64, (1, 40))
+    with torch.no_grad():
+        want = model(ids, output_attentions=True).attentions[1][0].sum(0)[30:]
+    with attnpatch.patched(model, "infiniretri"):
+        handle = model._attnpatch
+        assert tap.layer_to_read(handle, None) == tap.layer_to_read(handle, -2) == 1
+        seen = tap.read(handle, ids, 1, slice(30, 40))
+        with pytest.raises(ConfigError, match=r"full attention: \[1\]"):
+            tap.layer_to_read(handle, -1)
+    got = summed_rows.run(seen.q, seen.kv, q_pos=seen.q_pos, scaling=seen.scaling, softcap=seen.softcap)[0]
+    assert torch.allclose(got, want, atol=1e-5)
+
+
 def test_vectors():
     x = torch.tensor([[0, 1, 0, 0, 2, 0, 0, 0, 0, 3.0]])
     assert phrase_sums(x, 3).tolist() == [[1, 1, 1, 2, 2, 2, 0, 0, 3, 3]]
@@ -357,6 +381,12 @@ def test_faithful_places_cover_their_text(tiny, tokenizer):
         assert text[s.start : s.end].strip().startswith(s.text.strip()[:12])
 
 
+def test_progress_is_drawn_on_stderr(tiny, tokenizer, capsys):
+    attnpatch.retrieve(tiny, tokenizer, book(400), "Who?", progress=True, **SMALL)
+    out, err = capsys.readouterr()
+    assert not out and "sentences kept" in err
+
+
 def test_questions(tiny, tokenizer):
     text = book(500)
     assert attnpatch.retrieve(tiny, tokenizer, text, "", **SMALL).sentences
@@ -445,6 +475,8 @@ def test_generate_refuses(tiny, tokenizer):
     with attnpatch.patched(tiny, "infiniretri", tokenizer=tokenizer):
         with pytest.raises(InputError, match="pass question="):
             tiny.generate(ids)
+        with pytest.raises(UnsupportedModeError, match="assisted decoding"):
+            tiny.generate(ids, question="What?", prompt_lookup_num_tokens=3)
         with pytest.raises(InputError, match="one for each of 1 rows"):
             tiny.generate(ids, question=["a", "b"])
         with pytest.raises(UnsupportedModeError, match="neither inputs_embeds"):

@@ -1,11 +1,10 @@
 """InfiniRetri by the length of the text: `python -m attnpatch.bench.retrieval --out FILE.json [--seconds 600]`.
 
 Time and peak memory of `retrieve` (passes and answer) on the embedded model at 64k to 1M tokens of filler with one
-fact, the text given as a stream; time should be linear and memory flat. Where
-the authors' package `infini_retri` can be imported, the same texts go through it too (its model: eager attention, same
-weights and dtype; its text: one string), up to --package-tokens and after all of ours. Memory: CUDA's peak allocation
-above what was allocated before; on a CPU, Linux' peak resident size above that before the first text. `--quick` is a
-dry run.
+fact, the text given as a stream; time should be linear and memory flat. Where the authors' package `infini_retri` can
+be imported, the same texts go through it too (its model: eager attention, same weights and dtype; its text: one
+string), up to --package-tokens and after all of ours. Memory: CUDA's peak allocation above what was allocated before;
+on a CPU, Linux' peak resident size above that before the first text. `--quick` is a dry run.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ class Handle:
                 "inputs_embeds nor the cache of an earlier turn."
             )
         given = ids[0]
-        check_mask(kwargs.get("attention_mask"))
+        self.prepare_generate((given, *args[1:]), kwargs)  # refuses what it must before a long text is read
         prompt, kwargs = writer.prepare(self.model, given, kwargs)
         out = self.generate(prompt, *args[1:], **kwargs)
         rows = out if isinstance(out, torch.Tensor) else out.sequences

@@ -17,6 +17,7 @@ _NAMES = {
     "status": "attnpatch.report",
     "verify": "attnpatch.verifying",
     "probe": "attnpatch.probing",
+    "retrieve": "attnpatch.retrieving",
     "list_patches": "attnpatch.patch",
     "Patch": "attnpatch.patch",
     "register": "attnpatch.patch",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from attnpatch.probing import probe
     from attnpatch.recipe import Recipe, load_recipe
     from attnpatch.report import status
+    from attnpatch.retrieving import retrieve
     from attnpatch.verifying import verify
 
 

@@ -33,6 +33,8 @@ class Patch:
     Selections, which gets each term's (out, lse) back); `reweight(q, kv, ctx) -> ColumnReweight | None`, after
     attention, changes the weights of a few columns; `observe(q, kv, ctx)` writes state; `keep(q, kv, ctx) -> KeepSet |
     None` says what stays. q: [B, Hq, T, D] as the model rotated it. Rows are left-aligned: real tokens first.
+    One lives outside attention: `prepare(model, input_ids, kwargs) -> (input_ids, kwargs)` puts another prompt in the
+    place of the one `generate` was given (int64 [B, N] both, kwargs are generate's own).
     """
 
     name: ClassVar[str] = ""
@@ -100,7 +102,9 @@ class Patch:
     def hooks(cls) -> frozenset[str]:
         """Names of the hooks this method defines."""
         return frozenset(
-            h for h in ("select", "reweight", "observe", "keep") if getattr(cls, h, None) is not getattr(Patch, h, None)
+            h
+            for h in ("select", "reweight", "observe", "keep", "prepare")
+            if getattr(cls, h, None) is not getattr(Patch, h, None)
         )
 
     if TYPE_CHECKING:
@@ -112,6 +116,8 @@ class Patch:
         def keep(self, q: Any, kv: KV, ctx: Ctx) -> KeepSet | None: ...
 
         def observe(self, q: Any, kv: KV, ctx: Ctx) -> None: ...
+
+        def prepare(self, model: Any, input_ids: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]: ...
 
     def hyperparameters(self) -> dict[str, Any]:
         """Field name -> value, budgets as text."""
@@ -222,6 +228,9 @@ def compose(patches: Sequence[Patch]) -> tuple[Patch, ...]:
     owners = [p.name for p in patches if "keep" in p.hooks()]
     if len(owners) > 1:
         raise ConfigError(f"{owners[0]!r} and {owners[1]!r} both decide what the cache keeps (hook 'keep'); name one.")
+    writers = [p.name for p in patches if "prepare" in p.hooks()]
+    if len(writers) > 1:
+        raise ConfigError(f"{writers[0]!r} and {writers[1]!r} both write the prompt (hook 'prepare'); name one.")
     for phase in ("prefill", "decode"):
         choosers = [p for p in patches if phase in p.phases]
         if len(choosers) > 1:

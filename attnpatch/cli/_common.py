@@ -285,9 +285,12 @@ def generate_once(
     import torch
 
     from attnpatch.api import patched
-    from attnpatch.engine.compat import output_cache
+    from attnpatch.engine.compat import greedy_options, output_cache
 
     ids = ids.to(model.get_input_embeddings().weight.device)
+    for patch in patches or ():
+        if getattr(patch, "tokenizer", tokenizer) is None:  # a method that reads text
+            patch.tokenizer = tokenizer  # type: ignore[attr-defined]
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else greedy_options(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -316,15 +319,6 @@ def settings_of(patches: list[Patch] | None) -> dict[str, Any]:
     if not patches:
         return {}
     return patches[0].hyperparameters() if len(patches) == 1 else {p.name: p.hyperparameters() for p in patches}
-
-
-def greedy_options(model: Any) -> dict[str, Any]:
-    """Arguments that make generate greedy whatever the model's generation_config says."""
-    config = model.generation_config
-    sampling = [
-        k for k in ("temperature", "top_p", "top_k", "min_p", "typical_p") if getattr(config, k, None) is not None
-    ]
-    return {"do_sample": False, "num_beams": 1, **dict.fromkeys(sampling)}
 
 
 def cache_bytes(cache: Any) -> int:

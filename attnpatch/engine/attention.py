@@ -50,6 +50,8 @@ def attention(
             "layers hand no keywords on to their attention, which cannot be patched (unpatch_model(model))."
         )
     call, scaling = attnpatch, query.shape[-1] ** -0.5 if scaling is None else scaling
+    if call.tap is not None and call.tap.layer == module.layer_idx:
+        call.tap.take(query, key, value, scaling, softcap)
     if not call.ready:  # one look per forward: every layer gets the same
         _check_keywords(kwargs)
         call.read_mask(attention_mask)

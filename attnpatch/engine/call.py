@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from attnpatch.engine.cache import PatchCache
     from attnpatch.engine.families import LayerFact
     from attnpatch.engine.layer import PatchLayer
+    from attnpatch.engine.tap import Tap
     from attnpatch.patch import Patch
 
 
@@ -39,6 +40,11 @@ class Plan:
     def keeper(self) -> Patch | None:
         """The one method that decides what the cache keeps."""
         return next((p for p in self.patches if "keep" in p.hooks()), None)
+
+    @cached_property
+    def writer(self) -> Patch | None:
+        """The one method that puts another prompt in the place of generate's."""
+        return next((p for p in self.patches if "prepare" in p.hooks()), None)
 
     @cached_property
     def observers(self) -> tuple[Patch, ...]:
@@ -160,6 +166,7 @@ class Call:
         self.padding: Tensor | None = None  # bool [B, after]
         self.custom: Tensor | None = None  # bool [B, 1, T, S] of the layer at work
         self.ready = False
+        self.tap: Tap | None = None
         self._given: Tensor | None = None
         self._order: Tensor | None = None
         self._q_pos: Tensor | None = None

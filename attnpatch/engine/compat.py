@@ -68,3 +68,12 @@ def release() -> None:
 
         AttentionInterface._global_mapping.pop(NAME, None)
         AttentionMaskInterface._global_mapping.pop(NAME, None)
+
+
+def greedy_options(model: Any) -> dict[str, Any]:
+    """Arguments that make generate greedy whatever the model's generation_config says."""
+    config = model.generation_config
+    sampling = [
+        k for k in ("temperature", "top_p", "top_k", "min_p", "typical_p") if getattr(config, k, None) is not None
+    ]
+    return {"do_sample": False, "num_beams": 1, **dict.fromkeys(sampling)}

@@ -30,6 +30,12 @@ class _Wrapped:
                 f"{self.name} (continuous batching, paged attention) replaces the attention and would drop the patch; "
                 "use model.generate, or unpatch_model(model) first."
             )
+        if self.handle.plan.writer is not None:
+            return self.handle.generate_rewritten(args, kwargs)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """generate with the given prompt, under the patches."""
         cache, kwargs = self.handle.prepare_generate(args, kwargs)
         # the cache goes in as an argument: generate would build its own otherwise
         kwargs[compat.cache_name()] = cache
@@ -110,6 +116,7 @@ class Handle:
                 "call unpatch_model(model) first, then set_attn_implementation, then patch_model again."
             )
         kwargs = {**dict(zip(self.positional, args, strict=False)), **kwargs}
+        tap = kwargs.pop("attnpatch_tap", None)
         if module.training and torch.is_grad_enabled():
             raise UnsupportedModeError(
                 "a patched model is for inference: call model.eval(), or train un-patched (unpatch_model(model))."
@@ -126,9 +133,10 @@ class Handle:
         if cache is not None or use_cache:
             cache = PatchCache(self.plan) if cache is None else cache
             self.last_cache, self.summary, kwargs[self.cache_name] = ref(cache), None, cache
-        elif self.plan.selectors:  # they live on cache layers; the model itself sees none
+        elif self.plan.selectors or any(self.plan.reweighters.values()):  # need cache layers; the model sees none
             cache = PatchCache(self.plan)
         kwargs["attnpatch"] = Call(self.plan, cache, inputs.shape[1])
+        kwargs["attnpatch"].tap = tap
         return (), kwargs
 
     def check_cache(self, cache: Any) -> None:
@@ -144,6 +152,32 @@ class Handle:
             raise PatchStateError("this PatchCache belongs to another patch or model; make one with PatchCache(model).")
 
     # ---- generate --------------------------------------------------------------------------------------------
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """model.generate under the patches, with the prompt as given."""
+        return self.model.generate.run(*args, **kwargs)
+
+    def generate_rewritten(self, args: tuple, kwargs: dict) -> Any:
+        """generate from the prompt a method writes; what comes back begins with the given prompt, as ever."""
+        writer: Any = self.plan.writer
+        kwargs = {**kwargs}
+        ids = [x for x in (kwargs.pop("input_ids", None), kwargs.pop("inputs", None), *args[:1]) if x is not None]
+        if len(ids) != 1 or kwargs.get("inputs_embeds") is not None or compat.take_cache(kwargs) is not None:
+            raise UnsupportedModeError(
+                f"{writer.name} writes a prompt of its own from the given one; pass input_ids [B, N], and neither "
+                "inputs_embeds nor the cache of an earlier turn."
+            )
+        given = ids[0]
+        self.prepare_generate((given, *args[1:]), kwargs)  # refuses what it must before a long text is read
+        prompt, kwargs = writer.prepare(self.model, given, kwargs)
+        out = self.generate(prompt, *args[1:], **kwargs)
+        rows = out if isinstance(out, torch.Tensor) else out.sequences
+        given = given.to(rows.device).repeat_interleave(rows.shape[0] // given.shape[0], dim=0)
+        whole = torch.cat([given, rows[:, prompt.shape[1] :]], dim=1)
+        if out is rows:
+            return whole
+        out.sequences = whole
+        return out
+
     def prepare_generate(self, args: tuple, kwargs: dict) -> tuple[PatchCache, dict]:
         """Refuse modes that cannot be right; the PatchCache, told where the prompt ends, and generate's keywords."""
         kwargs = {**kwargs}

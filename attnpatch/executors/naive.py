@@ -132,6 +132,15 @@ def column_sums(
     return _probabilities(_logits(queries, kv, scaling, softcap), seen)[0].sum(dim=2).float()
 
 
+def summed_rows(
+    queries: torch.Tensor, kv: Any, *, q_pos: torch.Tensor, scaling: float, softcap: float | None = None
+) -> torch.Tensor:
+    """The reference for `summed_rows.run`: fp32 [B, w, S]."""
+    seen = _per_query_head(visible(kv, q_pos), queries.shape[1])
+    weights, _ = _probabilities(_logits(queries, kv, scaling, softcap), seen)
+    return weights.sum(1)
+
+
 def line_sums(queries: torch.Tensor, kv: Any, *, q_pos: torch.Tensor, scaling: float) -> tuple[torch.Tensor, ...]:
     """Probability per slot and per distance, both [B, Hq, S], from queries [B, Hq, w, D]. Distances by position."""
     seen = _per_query_head(visible(kv, q_pos), queries.shape[1])

@@ -239,7 +239,7 @@ def test_forced_backend(monkeypatch):
     with pytest.raises(ConfigError, match="needs CUDA capability >= 8, this is cpu"):
         dense.run(q, kv, DENSE, ctx)
     monkeypatch.setenv("ATTNPATCH_BACKEND", "nonsense")
-    with pytest.raises(ConfigError, match="allowed: fa4, cudnn, flash, sdpa, torch"):
+    with pytest.raises(ConfigError, match="allowed: fa4, fa3, cudnn, flash, sdpa, torch"):
         dense.run(q, kv, DENSE, ctx)
 
 
@@ -251,13 +251,58 @@ def test_forcing_a_missing_package_is_a_version_error(monkeypatch):
 
 def test_backends_lists_all_with_reasons():
     listed = dense.backends()
-    assert [name for name, _, _ in listed] == ["fa4", "cudnn", "flash", "sdpa", "torch"]
+    assert [name for name, _, _ in listed] == ["fa4", "fa3", "cudnn", "flash", "fa2", "sdpa", "torch"]
     assert all(reason for _, _, reason in listed) and listed[-1][1]
 
 
 def test_import_is_light():
     code = "import sys, attnpatch.executors.dense; sys.exit(bool({'flash_attn', 'triton'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "versions", "name"),
+    [
+        ({"square": True}, (2, 3), "fa3"),
+        ({"square": True, "capability": 10}, (2, 3), "cudnn"),
+        ({"square": True, "capability": 8}, (2, 3), "flash"),
+        ({"softcap": True}, (2, 3), "fa3"),
+        ({"softcap": True, "capability": 8}, (2,), "fa2"),
+        ({"square": True, "window": True, "dim": 256}, (2,), "fa2"),
+        ({"window": True}, (2, 3), "sdpa"),
+        ({"single": True}, (2, 3), "flash"),
+        ({"holes": True}, (2, 3), "sdpa"),
+    ],
+    ids=lambda x: "+".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x),
+)
+def test_choice_with_an_older_flash_attention(change, versions, name, monkeypatch):
+    monkeypatch.setattr(dense, "_fa4", lambda varlen=False: None)
+    monkeypatch.setattr(dense, "_older_flash", lambda version: object() if version in versions else None)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    assert dense._first_fit(cuda_call(**change), None)[0] == name
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_call_of_an_older_flash_attention(version, monkeypatch):
+    q, kv, ctx = problem(9, 15)
+    ctx.window, ctx.softcap = 4, 2.0
+    given = {}
+
+    def published(
+        q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, return_attn_probs=False
+    ):
+        given.update(scale=softmax_scale, causal=causal, window=window_size, softcap=softcap)
+        held = SimpleNamespace(k=k.transpose(1, 2), v=v.transpose(1, 2), pos=kv.pos, holes=False)
+        out, lse = naive.run(q.transpose(1, 2), held, DENSE, ctx, want_lse=True)
+        return (out, lse, None) if return_attn_probs else out
+
+    monkeypatch.setattr(dense, "_older_flash", lambda asked: published if asked == version else None)
+    expected = naive.run(q, kv, DENSE, ctx, want_lse=True)
+    torch.testing.assert_close(dense._RUN[f"fa{version}"](q, kv, ctx, True), expected)
+    assert dense._RUN[f"fa{version}"](q, kv, ctx, False)[1] is None
+    assert given == {"scale": ctx.scaling, "causal": True, "window": (3, 0), "softcap": 2.0}
+    with pytest.raises(VersionError, match=f"FlashAttention {5 - version} is not installed"):
+        dense._RUN[f"fa{5 - version}"](q, kv, ctx, False)
 
 
 class FakeFA4:

@@ -78,7 +78,7 @@ def test_forced_backend(monkeypatch):
         pages.run(q, kv, selection, ctx, want_lse=True)
     monkeypatch.setenv("ATTNPATCH_BACKEND", "nonsense")
     for run in (pages.run, dense.run):
-        with pytest.raises(ConfigError, match="allowed: fa4, cudnn, flash, sdpa, torch, flex"):
+        with pytest.raises(ConfigError, match="allowed: fa4, fa3, cudnn, flash, sdpa, torch, flex"):
             run(q, kv, selection, ctx)
     monkeypatch.setattr(pages, "fa4", lambda: None)
     with pytest.raises(VersionError, match="pip install"):

@@ -11,7 +11,7 @@ import torch
 
 from attnpatch.errors import ConfigError, VersionError
 
-NAMES = ("fa4", "cudnn", "flash", "sdpa", "torch", "flex", "triton")
+NAMES = ("fa4", "fa3", "cudnn", "flash", "sdpa", "torch", "flex", "triton", "fa2")
 """Backends of all executors. An executor that lacks a forced one makes its own choice and says so."""
 HALF = (torch.float16, torch.bfloat16)
 
@@ -33,13 +33,23 @@ def has_triton() -> bool:
 
 def fa4(varlen: bool = False) -> Callable[..., Any] | None:
     """flash_attn.cute.flash_attn_func (or flash_attn_varlen_func) where FlashAttention 4 is installed."""
-    name = "flash_attn_varlen_func" if varlen else "flash_attn_func"
-    if name not in _found:
+    return _attribute("flash_attn.cute", "flash_attn_varlen_func" if varlen else "flash_attn_func")
+
+
+def older_flash(version: int) -> Callable[..., Any] | None:
+    """flash_attn_func of an installed FlashAttention 2 or 3, or None."""
+    return _attribute({2: "flash_attn", 3: "flash_attn_interface"}[version], "flash_attn_func")
+
+
+def _attribute(module: str, name: str) -> Any:
+    """module.name, or None where it cannot be had; looked up once."""
+    key = f"{module}.{name}"
+    if key not in _found:
         try:
-            _found[name] = getattr(import_module("flash_attn.cute"), name)
+            _found[key] = getattr(import_module(module), name, None)  # flash_attn may hold only flash-attn-4
         except ImportError:
-            _found[name] = None
-    return _found[name]
+            _found[key] = None
+    return _found[key]
 
 
 def too_old(device: str, found: int, needed: int) -> str | None:

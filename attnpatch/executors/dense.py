@@ -1,7 +1,7 @@
 """Dense causal attention by the fastest backend that is right for the call. `choose` says which one, and why.
 
-Set ATTNPATCH_BACKEND to one of fa4, cudnn, flash, sdpa, torch to force a backend; a call it cannot do is an error.
-A name that only another executor knows (see `backends.NAMES`) leaves the choice as it is.
+Set ATTNPATCH_BACKEND to one of fa4, fa3, cudnn, flash, fa2, sdpa, torch to force a backend; a call it cannot do is an
+error. A name that only another executor knows (see `backends.NAMES`) leaves the choice as it is.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from attnpatch.executors.backends import HALF, first_fit
 from attnpatch.executors.backends import capability as _capability
 from attnpatch.executors.backends import fa4 as _fa4
 from attnpatch.executors.backends import no_cuda_half as _no_cuda_half
+from attnpatch.executors.backends import older_flash as _older_flash
 from attnpatch.executors.blocks import By, Result, pack, part_of, place, softmax, spans, visible, without_garbage
 from attnpatch.executors.column_sums import matmul, operand, rows_per_block
 
@@ -76,11 +78,25 @@ def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) ->
 def _not_fa4(c: _Call) -> str | None:
     if why := _no_cuda_half(c._replace(holes=c.holes and not c.packed), capability=9, dim=128):
         return why
+    if why := _not_many(c):
+        return why
+    return None if _fa4() else "flash_attn.cute is not installed (pip install 'attnpatch[flash]')"
+
+
+def _not_many(c: _Call) -> str | None:
     if c.single:
         return "slower than flash for a single query"
     if c.window and not c.square:  # its window counts slots, and after an eviction slots are not positions
         return "its window counts slots, ours positions; the same only for a whole prompt"
-    return None if _fa4() else "flash_attn.cute is not installed (pip install 'attnpatch[flash]')"
+    return None
+
+
+def _not_older(c: _Call, version: int) -> str | None:
+    if why := _no_cuda_half(c, capability=9 if version == 3 else 8, dim=256) or _not_many(c):
+        return why
+    if version == 3 and c.capability > 9:
+        return f"is written for Hopper, this is capability {c.capability}"
+    return None if _older_flash(version) else f"FlashAttention {version} is not installed"
 
 
 def _not_cudnn(c: _Call) -> str | None:
@@ -145,6 +161,22 @@ def _run_fa4(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
         pad = torch.arange(q.shape[2], device=q.device) >= real[0][:, None]  # [B, T]
         out = out.masked_fill(pad[..., None, None], 0.0)
         lse = None if lse is None else lse.masked_fill(pad[:, None], float("-inf"))
+    return out, lse if want_lse else None
+
+
+def _run_older(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool, version: int) -> Result:
+    func = _older_flash(version)
+    if func is None:
+        raise VersionError(f"FlashAttention {version} is not installed; install it, or choose another backend.")
+    result = func(
+        *(x.transpose(1, 2) for x in (q, kv.k, kv.v)),
+        softmax_scale=ctx.scaling,
+        causal=True,  # bottom-right aligned
+        window_size=(-1, -1) if ctx.window is None else (ctx.window - 1, 0),
+        softcap=0.0 if ctx.softcap is None else ctx.softcap,
+        **({"return_attn_probs": True} if want_lse else {}),
+    )
+    out, lse = result[:2] if isinstance(result, tuple) else (result, None)
     return out, lse if want_lse else None
 
 
@@ -227,13 +259,17 @@ def _run_torch(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool) -> Result:
 
 _WHY_NOT: dict[str, Callable[[_Call], str | None]] = {  # fastest first
     "fa4": _not_fa4,
+    "fa3": partial(_not_older, version=3),
     "cudnn": _not_cudnn,
     "flash": _not_flash,
+    "fa2": partial(_not_older, version=2),  # as quick as torch's own, and knows soft-capping and windows
     "sdpa": _not_sdpa,
     "torch": _not_torch,
 }
 _RUN: dict[str, Callable[[torch.Tensor, Any, Any, bool], Result]] = {
     "fa4": _run_fa4,
+    "fa3": partial(_run_older, version=3),
+    "fa2": partial(_run_older, version=2),
     "cudnn": _run_cudnn,
     "flash": _run_flash,
     "sdpa": _run_sdpa,

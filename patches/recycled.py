@@ -111,6 +111,7 @@ class RefreshKV(Patch):
             if not kv.plain.pop("recycled_full", False):
                 return
         elif ctx.event == "chunk":
+            kv.rows["recycled_last"], kv.rows["recycled_at"] = self._last(q, kv, ctx)  # maybe the row's last token
             return
         else:
             capacity = tuple(max(self.min_budget, c) for c in ctx.capacity(self.budget))
@@ -122,18 +123,30 @@ class RefreshKV(Patch):
                 self._like(q, kv, ctx, 2.0)  # a full step for another reason
             self._renew(q, kv, ctx, ctx.q_pos[:, -1], like)
             return
-        newest = ctx.q_pos.amax(-1)  # [B]; -1 = the call has no token of the row
-        last = ctx.q_pos.argmax(-1)[:, None, None, None].expand(-1, q.shape[1], -1, q.shape[3])
+        q, newest = self._last(q, kv, ctx)
         old = {name: kv.rows[name] for name in LISTED if name in kv.rows}
         shape = (q.shape[0], kv.k.shape[1], kv.plain["recycled"][0] + 1)
         kv.rows["recycled"] = torch.full(shape, -1, dtype=torch.int32, device=q.device)
         kv.rows["recycled_score"] = torch.full(shape, float("-inf"), device=q.device)
-        self._renew(q.gather(2, last), kv, ctx, newest, None)
+        self._renew(q, kv, ctx, newest, None)
         if self.needs_rope:
-            query = q.gather(2, last).float().mean(1, keepdim=True)
+            query = q.float().mean(1, keepdim=True)
             kv.rows["recycled_query"] = ctx.turn(query, -newest[:, None])[:, 0, 0]
         if old:
             self._kept(kv, old, newest < 0)
+
+    def _last(self, q: Tensor, kv: KV, ctx: Ctx) -> tuple[Tensor, Tensor]:
+        """Newest query [B, Hq, 1, D] of each row in this turn and its position int [B], -1 = the turn has none."""
+        import torch
+
+        newest = ctx.q_pos.amax(-1)
+        last = ctx.q_pos.argmax(-1)[:, None, None, None].expand(-1, q.shape[1], -1, q.shape[3])
+        query, earlier = q.gather(2, last), kv.rows.pop("recycled_last", None)
+        if earlier is None:
+            return query, newest
+        none = newest < 0  # the row ended in an earlier chunk
+        at = kv.rows.pop("recycled_at")
+        return torch.where(none[:, None, None, None], earlier, query), torch.where(none, at, newest)
 
     def _kept(self, kv: KV, old: dict[str, Tensor], kept: Tensor) -> None:
         """Take back what rows `kept` (bool [B]) had before a turn in which they have no token."""

@@ -713,6 +713,26 @@ def test_no_host_wait(patch, monkeypatch):
         dispatch.run(q, kv, selection or Selection(window=5), ctx)
 
 
+@pytest.mark.parametrize("end", [20, 35])
+@pytest.mark.parametrize("schedule", ["fixed", "qc"])
+def test_recycled_rows_whose_prompt_ends_in_an_earlier_chunk(schedule, end):
+    model = tiny("llama")
+    ids = torch.randint(2, 97, (2, 66), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(2, 66, dtype=torch.long)
+    mask[0, end:60] = 0
+    found = []
+    with attnpatch.patched(model, "recycled", budget=12, min_budget=12, stride=50, schedule=schedule), torch.no_grad():
+        for chunks in ([60], [20, 20, 20]):
+            cache, at, logits = attnpatch.PatchCache(model, prompt_length=60), 0, []
+            for n in [*chunks, *[1] * 6]:
+                out = model(ids[:, at : at + n], attention_mask=mask[:, : at + n], **{CACHE: cache}).logits
+                at += n
+                logits.append(out[:, -1])
+            found.append((torch.stack(logits[-6:]), cache.layers[0].rows["recycled"].sort(-1).values))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=5e-5, rtol=0)
+    assert torch.equal(found[1][1], found[0][1])
+
+
 # ---- the Triton kernel of these lists, interpreted ----
 
 

@@ -465,11 +465,22 @@ def test_density_follows_the_rows(model):
         assert cache.layers[0].pages.shape[0] == 2
 
 
-@pytest.mark.parametrize("patch", ["h2o", "streamingllm"])
-def test_a_cache_leaves_inference_mode(model, patch):
+@pytest.mark.parametrize(
+    ("patch", "hyper"),
+    [
+        ("h2o", {"budget": 12}),
+        ("streamingllm", {"budget": 12}),
+        ("tokenselect", {"top_k": 8, "n_local": 4, "n_init": 2}),
+        ("recycled", {"budget": 12, "min_budget": 12, "stride": 2}),
+        ("quest", {"budget": 16, "page_size": 4, "dense_layers": 0}),
+        ("hip", {}),
+    ],
+    ids=["h2o", "streamingllm", "tokenselect", "recycled", "quest", "hip"],
+)
+def test_a_cache_leaves_inference_mode(model, patch, hyper):
     """Slots freed under inference_mode may not be written outside it; decoding goes on in new ones."""
     steps = prompt(1, 5, seed=8).split(1, 1)
-    with attnpatch.patched(model, patch, budget=12):
+    with attnpatch.patched(model, patch, **hyper):
         cache, other = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
         for i, ids in enumerate([prompt(), *steps]):
             with torch.inference_mode() if i < 3 else torch.no_grad():

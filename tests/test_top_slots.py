@@ -90,6 +90,14 @@ def test_rows_that_are_not_contiguous(form):
     check(form[0], drawn("ties", 60, 4, device=form[1]).T, 11)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n", [5, 8200])
+def test_far_more_wanted_than_there_are(form, n):
+    index, count = top_slots.run(torch.randn(1, n).to(form[1]), 2 * n + 3000, _backend=form[0])
+    wanted = torch.arange(2 * n + 3000).clamp(max=n)
+    assert count.tolist() == [n] and torch.equal(index[0].cpu().long(), wanted)
+
+
 def test_choice_and_refusals():
     scores = drawn("noise", 40)
     assert top_slots.choose(scores) == ("torch", "not triton: needs CUDA capability >= 8, this is cpu")

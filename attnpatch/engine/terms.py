@@ -29,6 +29,9 @@ DENSE = Selection()
 @torch.compiler.disable  # a graph break inside would turn a generator into the tuple of what it yields unanswered
 def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, kv: KV, ctx: Ctx, lse: bool) -> Result:
     """Attention of q [B, Hq, T, D] over what `patch` selects; (out [B, T, Hq, D], lse [B, Hq, T] if asked for)."""
+    if not torch.is_inference_mode_enabled():  # methods write into what they keep
+        for name, x in kv.rows.items():
+            kv.rows[name] = x.clone() if x.is_inference() else x
     limits = breakeven.limits(patch.name, q.device, q.dtype) if ctx.phase == "prefill" else None
     layer.note = _not_now(patch, layer, kv, ctx) or _too_short(patch, kv, limits)
     watch = layer.watch = layer.watch or Stopwatch(q.device)

@@ -7,7 +7,6 @@ of queries beside token s of each group of keys, and zeros outside. Imported onl
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from attnpatch.executors.backends import on
 
 LOG2E = 1.4426950408889634
 
@@ -130,8 +131,7 @@ def launch(
     out = q.new_zeros((batch, heads, last - first, last), dtype=torch.float32)
     end = end.to(torch.int32).contiguous()
     step = max(1, most // max(1, batch * heads * tile * last))  # query blocks at a time
-    # Triton launches on the current device, which need not be that of a model spread over several
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+    with on(q.device):
         for a in range(first, last, step):
             z = min(a + step, last)
             i, rows = max(a * tile, begin), min(z * tile, stop) - max(a * tile, begin)

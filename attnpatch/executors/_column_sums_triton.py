@@ -7,13 +7,14 @@ The tile is [keys, rows], so the sum over rows stays inside a thread, and a NaN 
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
+from attnpatch.executors.backends import on
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton itself reads it at import
 LOG2E = 1.4426950408889634
@@ -124,8 +125,7 @@ def launch(
     config = {**_config(wide, q.element_size()), **config}
     first, full = _spans(pos, q_pos, config["BLOCK_N"])
     out = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
-    # Triton launches on the current device, which need not be that of a model spread over several
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+    with on(q.device):
         _kernel[(first.shape[-1], batch * heads)](
             q, k, norm, pos, q_pos, first, full, out, rows, slots, heads, heads // kv_heads, pos.shape[1],
             *q.stride()[:3], *k.stride()[:3],

@@ -8,12 +8,13 @@ No atomics: the same inputs give the same bits.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from attnpatch.executors.backends import on
 
 LOG2E = 1.4426950408889634
 FAR = 2**31 - 1
@@ -116,8 +117,7 @@ def launch(
     lse = q.new_empty((batch, heads, blocks, tall), dtype=torch.float32)
     columns, far = (q.new_empty((batch, heads, blocks, KEYS), dtype=torch.float32) for _ in range(2))
     near, grid = torch.empty_like(columns), (group, blocks, batch * kv_heads)
-    # Triton launches on the current device, which need not be that of a model spread over several
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+    with on(q.device):
         _lse[grid](q, k, pos, q_pos, lse, *given, **shapes)
         norm = torch.logsumexp(lse / LOG2E, dim=2) * LOG2E
         norm.masked_fill_(norm == float("-inf"), float("inf"))

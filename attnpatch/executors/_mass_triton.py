@@ -8,11 +8,11 @@ for every four bits. No atomics: the same inputs give the same bits. Imported at
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
+
+from attnpatch.executors.backends import on
 
 COUNT, WITHIN, BELOW = 0, 1, 2
 """What fits: as many scores as the limit, scores that sum to at most it, or those before whom less than it is held."""
@@ -200,8 +200,7 @@ def launch(
     out = torch.empty(0 if count else x.shape, dtype=torch.int8, device=x.device)
     total = torch.zeros(shape if count else 0, dtype=torch.int32, device=x.device)
     if rows and n:
-        # Triton launches on the current device, which need not be that of a model spread over several
-        with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+        with on(x.device):
             _run(x, limit, out, total, rows, n, {"RULE": rule, "LATER": later, "MAP": not count})
     return total if count else out.view(torch.bool)
 

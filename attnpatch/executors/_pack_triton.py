@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
+
+from attnpatch.executors.backends import on
 
 
 @triton.jit
@@ -38,8 +38,7 @@ def launch(chosen: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor
     count = torch.empty(shape, dtype=torch.int32, device=chosen.device)
     if count.numel():
         block = min(2048, max(32, triton.next_power_of_2(n)))
-        # Triton launches on the current device, which need not be that of a model spread over several
-        with torch.cuda.device(chosen.device) if chosen.device.type == "cuda" else nullcontext():
+        with on(chosen.device):
             _kernel[(count.numel(),)](
                 chosen.contiguous().view(torch.int8), index, count, n, width,
                 BLOCK=block, TRIM=width < n, num_warps=max(1, block // 512),

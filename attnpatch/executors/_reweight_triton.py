@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from attnpatch.executors.backends import on
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton itself reads it at import
 LOG2E = 1.4426950408889634
@@ -99,8 +100,7 @@ def launch(
     new = torch.empty(batch, rows, heads, dim, dtype=out.dtype, device=out.device)
     scale_out = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device) if want_scale else new
     block, cap = 2 if rows == 1 else 16, 0.0 if ctx.softcap is None else ctx.softcap
-    # Triton launches on the current device, which need not be that of a model spread over several
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+    with on(q.device):
         _kernel[(triton.cdiv(rows, block), batch * heads)](
             out, new, scale_out, lse, q, k, v, pos, slot, factor, q_pos, q_pos if chosen is None else chosen,
             rows, heads, heads // kv_heads, slots, pos.shape[-1],

@@ -155,8 +155,8 @@ def _gather(
     left = tl.load(STATE + row * 10 + 9)
     slot = cut * N + i
     key, ok = _keys(SCORES + row * n, slot, slot < n)
-    end = tl.sum(over, 0) + left + slot
-    tl.store(INDEX + row * k + end, tl.full([N], 0, tl.int32) + n, mask=end < k)
+    for end in range(tl.sum(over, 0) + left + cut * N, k, cuts * N):  # k may exceed n
+        tl.store(INDEX + row * k + end + i, tl.full([N], 0, tl.int32) + n, mask=end + i < k)
     _write(
         INDEX + row * k, key, ok, edge, tl.sum(tie, 0) - left,
         tl.sum(tl.where(c < cut, over, 0), 0), tl.sum(tl.where(c < cut, tie, 0), 0), slot, k,

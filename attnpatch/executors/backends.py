@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -41,6 +42,13 @@ def older_flash(version: int) -> Callable[..., Any] | None:
     return _attribute({2: "flash_attn", 3: "flash_attn_interface"}[version], "flash_attn_func")
 
 
+def no_triton() -> str | None:
+    """What keeps a Triton kernel from being launched here, or None."""
+    if torch.compiler.is_compiling():
+        return "is not traced by torch.compile"
+    return None if has_triton() else "triton is not installed"
+
+
 def _attribute(module: str, name: str) -> Any:
     """module.name, or None where it cannot be had; looked up once."""
     key = f"{module}.{name}"
@@ -50,6 +58,11 @@ def _attribute(module: str, name: str) -> Any:
         except ImportError:
             _found[key] = None
     return _found[key]
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes `device` the current one: Triton launches there, which need not be where a spread model's layer lies."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def too_old(device: str, found: int, needed: int) -> str | None:

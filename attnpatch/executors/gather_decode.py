@@ -15,7 +15,7 @@ import torch
 
 from attnpatch.errors import ConfigError, InputError, VersionError
 from attnpatch.executors import row_lists
-from attnpatch.executors.backends import HALF, capability, has_triton, too_old
+from attnpatch.executors.backends import HALF, capability, has_triton, on, too_old
 from attnpatch.executors.lists import spread
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -76,7 +76,8 @@ def _run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bo
     read = kv.pos is not None and (bool(kv.holes) or not complete)
     # sink and window are ranges of slots where slots are positions
     scan = read and not (complete and getattr(kv, "aligned", False)) and bool(selection.sink or selection.window)
-    return _gather_decode_triton.launch(q, kv, selection, columns, ctx, read, scan, want_lse)
+    with on(q.device):
+        return _gather_decode_triton.launch(q, kv, selection, columns, ctx, read, scan, want_lse)
 
 
 def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:

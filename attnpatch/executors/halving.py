@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from attnpatch.errors import ConfigError
-from attnpatch.executors.backends import HALF, capability, has_triton
+from attnpatch.executors.backends import HALF, capability, has_triton, on
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
 from attnpatch.executors.lists import best
 from attnpatch.executors.row_lists import take
@@ -58,7 +58,8 @@ def _run_torch(
 def _run_triton(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
     from attnpatch.executors import _halving_triton
 
-    return _halving_triton.launch(*args)  # type: ignore[arg-type]
+    with on(args[0].device):  # type: ignore[attr-defined]
+        return _halving_triton.launch(*args)  # type: ignore[arg-type]
 
 
 _RUN: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"triton": _run_triton, "torch": _run_torch}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnpatch.errors import ConfigError
-from attnpatch.executors.backends import capability, has_triton
+from attnpatch.executors.backends import capability, no_triton, on
 
 WIDEST = 32768
 """Most numbers of a query that the one program of a row holds."""
@@ -17,7 +17,8 @@ def choose(query: torch.Tensor) -> tuple[str, str]:
         return "torch", "not triton: needs CUDA capability >= 8"
     if query.dtype != torch.float32 or query.shape[1] > WIDEST:
         return "torch", f"not triton: needs float32 and at most {WIDEST} numbers"
-    return ("triton", "the fastest that fits") if has_triton() else ("torch", "not triton: triton is not installed")
+    why = no_triton()
+    return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
 
 
 def _run_torch(
@@ -46,4 +47,5 @@ def run(
         raise ConfigError(f"{name!r} is not a backend of likeness; allowed: triton, torch.")
     from attnpatch.executors._likeness_triton import launch
 
-    return launch(query, kept, q_pos, threshold, above)
+    with on(query.device):
+        return launch(query, kept, q_pos, threshold, above)

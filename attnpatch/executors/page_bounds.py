@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from attnpatch.executors.backends import capability, has_triton, too_old
+from attnpatch.executors.backends import capability, no_triton, on, too_old
 from attnpatch.executors.column_sums import matmul, operand
 
 
@@ -44,8 +44,7 @@ def choose(q: torch.Tensor, bounds: torch.Tensor) -> tuple[str, str]:
         why = "needs queries and bounds of one dtype, no float64"
     if why is None and (q.shape[3] > 256 or bounds.stride(-1) != 1):
         why = f"needs a head dimension up to 256, this is {q.shape[3]}"
-    if why is None and not has_triton():
-        why = "triton is not installed"
+    why = why or no_triton()
     return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
 
 
@@ -55,7 +54,8 @@ def add(bounds: torch.Tensor, k: torch.Tensor, page: int, slot: torch.Tensor, *,
     if (_backend or choose(k, bounds)[0]) == "triton":
         from attnpatch.executors import _page_bounds_triton
 
-        _page_bounds_triton.add(bounds, k, page, slot)
+        with on(k.device):
+            _page_bounds_triton.add(bounds, k, page, slot)
         return
     at = slot.clamp(min=0).long()[:, None, None, None].expand(-1, k.shape[1], -1, -1)  # [B, Hkv, 1, 1]
     key = k.gather(2, at.expand(-1, -1, -1, k.shape[3]))
@@ -86,7 +86,8 @@ def scores(
     if (_backend or choose(q, bounds)[0]) == "triton":
         from attnpatch.executors import _page_bounds_triton
 
-        return _page_bounds_triton.scores(q, bounds, page, end, last, largest)
+        with on(q.device):
+            return _page_bounds_triton.scores(q, bounds, page, end, last, largest)
     rows = q.reshape(q.shape[0], bounds.shape[1], -1, q.shape[3])  # [B, Hkv, G, D]
     rows = torch.cat([rows.clamp(max=0), rows.clamp(min=0)], dim=-1)
     out = matmul(operand(rows), operand(bounds).transpose(-1, -2))  # [B, Hkv, G, n]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors.backends import capability, first_fit, has_triton, not_half, too_old
+from attnpatch.executors.backends import capability, first_fit, has_triton, not_half, on, too_old
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
 from attnpatch.executors.lists import spread
 
@@ -305,7 +305,8 @@ def run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: boo
     from attnpatch.executors import _row_lists_triton
 
     tiles, lists = _tiles(q, selection), cleaned(selection, q.shape[0], kv.k.shape[2])
-    return _row_lists_triton.launch(q, kv, selection, ctx, tiles, lists, want_lse)
+    with on(q.device):
+        return _row_lists_triton.launch(q, kv, selection, ctx, tiles, lists, want_lse)
 
 
 # ---- the choice ----

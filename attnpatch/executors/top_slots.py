@@ -9,7 +9,7 @@ import torch
 
 from attnpatch.decisions import ranked
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors.backends import capability, has_triton, too_old
+from attnpatch.executors.backends import capability, no_triton, on, too_old
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -19,8 +19,7 @@ def choose(scores: torch.Tensor) -> tuple[str, str]:
     why = too_old(scores.device.type, capability(scores.device), 8)
     if why is None and scores.dtype != torch.float32:
         why = f"needs float32, this is {str(scores.dtype).removeprefix('torch.')}"
-    if why is None and not has_triton():
-        why = "triton is not installed"
+    why = why or no_triton()
     return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
 
 
@@ -66,5 +65,6 @@ def run(
             torch.empty(*shape, k, dtype=torch.int32, device=scores.device),
             torch.empty(shape, dtype=torch.int32, device=scores.device),
         )
-    launch(scores, k, most, skip, *old)
+    with on(scores.device):
+        launch(scores, k, most, skip, *old)
     return old

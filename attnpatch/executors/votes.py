@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors.backends import HALF, capability, has_triton, too_old
+from attnpatch.executors.backends import HALF, capability, no_triton, on, too_old
 from attnpatch.executors.column_sums import matmul, operand
 
 REDUCE = ("sum", "max", "mean")
@@ -16,8 +16,7 @@ def choose(q: torch.Tensor, k: torch.Tensor) -> tuple[str, str]:
     why = too_old(q.device.type, capability(q.device), 8)
     if why is None and (q.dtype != k.dtype or q.dtype not in (*HALF, torch.float32) or q.shape[3] > 256):
         why = "needs float16, bfloat16 or float32, one for queries and keys, and a head dimension up to 256"
-    if why is None and not has_triton():
-        why = "triton is not installed"
+    why = why or no_triton()
     return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
 
 
@@ -61,4 +60,5 @@ def run(
         raise ConfigError(f"{name!r} is not a backend of votes; allowed: triton, torch.")
     from attnpatch.executors._votes_triton import launch
 
-    return launch(q, k, first, end, late, scaling, softcap, reduce, heads, skip)
+    with on(q.device):
+        return launch(q, k, first, end, late, scaling, softcap, reduce, heads, skip)

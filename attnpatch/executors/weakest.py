@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from attnpatch.errors import ConfigError
-from attnpatch.executors.backends import capability, has_triton
+from attnpatch.executors.backends import capability, no_triton, on
 
 
 def choose(score: torch.Tensor) -> tuple[str, str]:
     """(backend, reason) for these lists. Never waits for the device."""
     if capability(score.device) < 8:
         return "torch", "not triton: needs CUDA capability >= 8"
-    return ("triton", "the fastest that fits") if has_triton() else ("torch", "not triton: triton is not installed")
+    why = no_triton()
+    return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
 
 
 def _run_torch(slots: torch.Tensor, score: torch.Tensor, new: torch.Tensor) -> None:
@@ -39,4 +40,5 @@ def replace(slots: torch.Tensor, score: torch.Tensor, new: torch.Tensor, *, _bac
         raise ConfigError(f"{name!r} is not a backend of weakest; allowed: triton, torch.")
     from attnpatch.executors._weakest_triton import launch
 
-    return launch(slots, score, new)
+    with on(slots.device):
+        return launch(slots, score, new)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +27,8 @@ class Limits(NamedTuple):
     """What was measured for one method."""
 
     tokens: int  # keys from which choosing and computing take no longer than dense attention
-    share: float  # share of the causal pages from which computing them takes longer than dense attention
+    share: float  # share of the causal pages from which computing them takes longer than dense; 1 = not by pages
+    paid: bool = True  # False: at no measured length; `tokens` is then the longest one plus 1, and longer is unknown
 
 
 def path() -> Path:
@@ -48,6 +51,20 @@ def machine(device: torch.device, dtype: torch.dtype) -> str:
     return ", ".join([name, "half" if dtype.itemsize == 2 else "float", *versions])
 
 
+@contextmanager
+def ignored() -> Iterator[None]:
+    """Every method runs where it is asked to: what measures methods must not be told when they pay."""
+    before = os.environ.get("ATTNPATCH_AUTO_DENSE")
+    os.environ["ATTNPATCH_AUTO_DENSE"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["ATTNPATCH_AUTO_DENSE"]
+        else:
+            os.environ["ATTNPATCH_AUTO_DENSE"] = before
+
+
 _known: dict[Any, dict[str, dict[str, Limits]]] = {}  # (path, change time) -> machine -> method -> limits
 _machines: dict[Any, str] = {}
 
@@ -62,9 +79,10 @@ def load() -> dict[str, dict[str, Limits]]:
         try:
             read = json.loads(file.read_text(encoding="utf-8"))
             found = {
-                m: {n: Limits(int(x["tokens"]), float(x["share"])) for n, x in row.items()} for m, row in read.items()
+                m: {n: Limits(int(x["tokens"]), float(x["share"]), bool(x.get("paid", True))) for n, x in row.items()}
+                for m, row in read.items()
             }
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise ConfigError(f"{file} is not a file of break-even lengths ({error}); {REMEDY}.") from None
         _known.clear()
         _known[key] = found
@@ -73,7 +91,11 @@ def load() -> dict[str, dict[str, Limits]]:
 
 def save(where: str, limits: dict[str, Limits]) -> Path:
     """Put one machine's measurements into the file, beside what it holds of others."""
-    file, all_limits = path(), {**load(), where: limits}
+    try:
+        others = load()
+    except ConfigError:  # measuring again is the remedy that it names
+        others = {}
+    file, all_limits = path(), {**others, where: limits}
     file.parent.mkdir(parents=True, exist_ok=True)
     body = {m: {n: x._asdict() for n, x in row.items()} for m, row in all_limits.items()}
     new = file.with_suffix(".new")  # a reader never sees half a file

@@ -125,7 +125,8 @@ def chunks(blocks: Iterable[str], tokenizer: Any, size: int) -> Iterator[tuple[S
     total = 0
     for sentence, count in _counted(split(blocks, 10), tokenizer, size):
         if held and total + count + gap > size:
-            yield _chunk(held), total
+            if any(s.text.strip() for s in held):
+                yield _chunk(held), total
             held, total = [], 0
         total += count + (gap if held else 0)
         held.append(sentence)

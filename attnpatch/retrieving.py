@@ -116,7 +116,7 @@ def retrieve(
 def _answer(handle: Any, method: Any, tokenizer: Any, blocks: Iterator[str], question: str, report: Any) -> Retrieval:
     import torch
 
-    from attnpatch.engine.compat import greedy_options
+    from attnpatch.engine.compat import greedy_options, input_device
 
     model, seen = handle.model, [0, 0]
 
@@ -136,13 +136,14 @@ def _answer(handle: Any, method: Any, tokenizer: Any, blocks: Iterator[str], que
     ids = prompt.whole("".join(s.text for s in kept))
     answer = ""
     if method.max_new_tokens:
-        fed = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+        fed = torch.tensor([ids], device=input_device(model))
         warm = method.temperature > 0
         sampling = {"do_sample": True, "temperature": method.temperature} if warm else greedy_options(model)
+        single = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         with torch.no_grad():
             out = handle.generate(fed, attention_mask=torch.ones_like(fed), max_new_tokens=method.max_new_tokens,
-                                  pad_token_id=pad, **sampling)  # fmt: skip
+                                  pad_token_id=pad, **{**single, **sampling})  # fmt: skip
         answer = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).rpartition("</think>")[2].strip()
     return Retrieval(answer, tuple(kept), question, seen[0], seen[1], len(ids))
 

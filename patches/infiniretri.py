@@ -145,6 +145,10 @@ class InfiniRetri(Patch):
         rows = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
         real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         config = kwargs.get("generation_config")
+        if kwargs.get("max_new_tokens") is None and (most := kwargs.pop("max_length", None)) is not None:
+            if most <= input_ids.shape[1]:
+                raise InputError(f"max_length={most} leaves no token after a prompt of {input_ids.shape[1]}; raise it.")
+            kwargs["max_new_tokens"] = most - input_ids.shape[1]  # the given prompt counts, not the one written
         if config is None and not {"max_new_tokens", "max_length"} & set(kwargs):
             kwargs["max_new_tokens"] = max(1, self.max_new_tokens)
         return rows.to(input_ids.device), {**kwargs, "attention_mask": real.to(input_ids.device)}
@@ -183,6 +187,11 @@ class _Passes:
         if self.method.faithful:
             scored = [replace(s, text=self.tokenizer.decode(list(s.ids))) for s in scored]
         self.kept = fit(scored, self.most)
+        if not self.kept:
+            raise InputError(
+                f"the best sentence has more tokens than the {self.most:.0f} that may be kept between passes, so "
+                "nothing would stay; raise max_retained_tokens, or lower window_length."
+            )
         self.number += 1
         if self.report is not None:
             self.report(Pass(self.number, tokens, chunk.end, tuple(self.kept)))
@@ -211,13 +220,14 @@ class _Passes:
         """Each sentence's best token score, and whether it holds one of the best tokens. Waits for the device once."""
         import torch
 
+        from attnpatch.engine.compat import input_device
         from attnpatch.engine.tap import read
         from attnpatch.executors import summed_rows
 
         before, rows = self.prompt.before, self.prompt.rows
         counts = [len(ids) for ids in context]
         begin, end = len(before), len(before) + sum(counts)
-        device = self.handle.model.get_input_embeddings().weight.device
+        device = input_device(self.handle.model)
         ids = torch.tensor([[*before, *(x for part in context for x in part), *self.prompt.after]], device=device)
         span = slice(end + rows[0], end + rows[1])
         seen = read(self.handle, ids, self.layer, span)

@@ -90,6 +90,21 @@ def test_the_file():
         file.write_text(text)
         with pytest.raises(ConfigError, match="delete it, or measure again: attnpatch doctor --calibrate"):
             breakeven.load()
+    breakeven.save("one", {"hip": Limits(9, 1.0, False)})
+    assert breakeven.load() == {"one": {"hip": Limits(9, 1.0, False)}}
+
+
+def test_steps_leave_what_is_said_of_the_prompt():
+    breakeven.save(breakeven.machine(CPU, torch.float32), {"hip": Limits(10**6, 1.0)})
+    ids = torch.randint(1, 97, (1, 60), generator=torch.Generator().manual_seed(0))
+    with patched(tiny("llama"), "hip") as model:
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+        assert {layer.note for layer in status(model).layers} == {
+            "dense: 60 tokens, and hip pays here from 1000000 (attnpatch doctor)"
+        }
+        with breakeven.ignored():
+            assert breakeven.limits("hip", CPU, torch.float32) is None
+        assert breakeven.limits("hip", CPU, torch.float32) is not None
 
 
 def test_limits_from_times():
@@ -103,6 +118,7 @@ def test_limits_from_times():
 def test_measure():
     found = measuring.measure(CPU, torch.float32, ("flexprefill", "hip"), (256, 512), repeats=1)
     assert set(found) == {"flexprefill", "hip"} and all(0 <= x.share <= 1 for x in found.values())
+    assert found["hip"].share == 1.0 and all(x.paid == (x.tokens <= 512) for x in found.values())
     assert all(x.tokens in (256, 512, 513) for x in found.values())
 
 
@@ -113,7 +129,7 @@ def test_doctor(monkeypatch):
     shown = run.invoke(app, ["doctor", "--calibrate"]).stdout
     assert "written to" in shown and "hip          from 4096 tokens, up to 75% of the pages" in shown
     data = json.loads(run.invoke(app, ["doctor", "--json"]).stdout)
-    assert data["breakeven"]["methods"] == {"hip": {"tokens": 4096, "share": 0.75}}
+    assert data["breakeven"]["methods"] == {"hip": {"tokens": 4096, "share": 0.75, "paid": True}}
     breakeven.path().write_text("{")
     broken = run.invoke(app, ["doctor"])
     assert broken.exit_code == 1 and "problem: " in broken.stdout and "--calibrate" in broken.stdout

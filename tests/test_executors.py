@@ -244,7 +244,7 @@ def test_forced_backend(monkeypatch):
 
 
 def test_forcing_a_missing_package_is_a_version_error(monkeypatch):
-    monkeypatch.setattr(dense, "_fa4", lambda: None)
+    monkeypatch.setattr(dense, "_fa4", lambda varlen=False: None)
     with pytest.raises(VersionError, match="pip install"):
         dense._first_fit(cuda_call(), "fa4")
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attnpatch.patches.infiniretri import InfiniRetri, phrase_sums, token_scores, top_tokens
+from transformers import GenerationConfig
 
 import attnpatch
 from attnpatch import retrieval, testbed
@@ -374,6 +375,19 @@ def test_odd_texts(tiny, tokenizer, text, faithful):
         assert all(text[s.start : s.end] == s.text for s in result.sentences)
 
 
+@pytest.mark.parametrize("faithful", [False, True])
+def test_blank_chunks_are_dropped(tiny, tokenizer, faithful):
+    text = "\n" * 20000 + "The code is 12345. Hello there."
+    options = {"window_length": 64, "topk": 8, "min_retrieve_tokens": 0, "max_new_tokens": 1, "faithful": faithful}
+    assert attnpatch.retrieve(tiny, tokenizer, text, "What is the code?", **options).sentences
+
+
+def test_a_limit_below_every_sentence_is_an_error(tiny, tokenizer):
+    options = {"window_length": 64, "topk": 8, "max_retained_tokens": 1, "max_new_tokens": 1}
+    with pytest.raises(InputError, match="nothing would stay; raise max_retained_tokens"):
+        attnpatch.retrieve(tiny, tokenizer, book(), "What is the code?", **options)
+
+
 def test_faithful_places_cover_their_text(tiny, tokenizer):
     text = book()
     result = attnpatch.retrieve(tiny, tokenizer, text, "Who?", faithful=True, **SMALL)
@@ -439,6 +453,17 @@ def test_generate_reads_the_prompt(trained, inner):
         assert case.answer_text in tok.decode(out[0, ids.shape[1] :])
     assert case.answer_text in found.answer and held < 400
     assert torch.equal(model(plain).logits, before) and "generate" not in vars(model)
+
+
+def test_length_limits_count_the_given_prompt(tiny, tokenizer):
+    ids = torch.tensor([tokenizer(book(300), add_special_tokens=False)["input_ids"]])
+    with attnpatch.patched(tiny, "infiniretri", tokenizer=tokenizer, window_length=64, topk=8, layer=0) as model:
+        length = ids.shape[1]
+        assert model.generate(ids, question="Who?", max_length=length + 3, do_sample=False).shape[1] <= length + 3
+        config = GenerationConfig(max_new_tokens=2, do_sample=False)
+        assert model.generate(ids, config, question="Who?").shape[1] <= length + 2
+        with pytest.raises(InputError, match="leaves no token"):
+            model.generate(ids, question="Who?", max_length=length)
 
 
 def test_reweighting_acts_in_the_passes(trained):

@@ -14,7 +14,7 @@ import torch
 
 from attnpatch.api import resolve
 from attnpatch.bench.measure import Clock, interleave
-from attnpatch.bench.prefill import METHODS, computed, structured
+from attnpatch.bench.prefill import METHODS, computed, structured, terms
 from attnpatch.breakeven import Limits
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
@@ -32,20 +32,20 @@ def problem(length: int, device: torch.device, dtype: torch.dtype) -> tuple[torc
     q, k, v = structured(length, heads, device, dtype)
     pos = torch.arange(length, device=device)
     kv = KV(k, v, pos.to(torch.int32).expand(1, 1, -1), ordered=True)
-    return q, kv, Ctx(0, 1, "prefill", "prompt", pos.expand(1, -1), (length,), heads[2] ** -0.5)
+    return q, kv, Ctx(0, 1, "prefill", "prompt", pos.expand(1, -1), (length,), heads[2] ** -0.5, ragged=False)
 
 
 def random_pages(q: torch.Tensor, share: float) -> list[Selection]:
     """Terms of causal lists of random pages, about `share` of them, the diagonal among them."""
     (batch, heads, length, _), generator = q.shape, torch.Generator(q.device).manual_seed(0)
-    terms = []
+    found = []
     for rows, first, last in selecting.stripes(0, length, PAGE, batch * heads):
         own = torch.arange(first, last, device=q.device)[:, None]
         page = torch.arange(last, device=q.device)
         map_ = torch.rand(batch, heads, last - first, last, device=q.device, generator=generator) < share
         index, count = lists.pack((map_ & (page <= own)) | (page == own))
-        terms.append(Selection(index=index, count=count, page=PAGE, bq=PAGE, rows=rows))
-    return terms
+        found.append(Selection(index=index, count=count, page=PAGE, bq=PAGE, rows=rows))
+    return found
 
 
 def share_limit(times: dict[str, float], dense_ms: float) -> float:
@@ -80,22 +80,27 @@ def measure(
     """Limits of each method. A length at which no measured one paid is the longest plus one."""
     lengths = lengths or LENGTHS.get(device.type, LENGTHS["cpu"])
     over: dict[str, dict[int, float]] = {name: {} for name in methods}
-    clock, share = Clock(device, 600), 1.0
+    clock, share, by_pages = Clock(device, 600), 1.0, set()
     for length in sorted(lengths):
         q, kv, ctx = problem(length, device, dtype)
         runs: dict[str, Callable[[], Any]] = {"dense": partial(dense.run, q, kv, Selection(), ctx)}
         runs |= {n: partial(computed, resolve(n, **METHODS[n])[0], q, kv, ctx) for n in methods}
         if length == max(lengths):
             made = {str(s): random_pages(q, s) for s in SHARES}
-            runs |= {s: partial(_all, q, kv, ctx, terms) for s, terms in made.items()}
+            runs |= {s: partial(_all, q, kv, ctx, selections) for s, selections in made.items()}
         times = {n: t["median_ms"] for n, t in interleave(runs, repeats, clock).items()}
         for name in methods:
             over[name][length] = times[name] / times["dense"]
         say(f"{length:>7} tokens: " + ", ".join(f"{n} {over[n][length]:.2f}x" for n in methods) + " of dense")
         if length == max(lengths):
             share = share_limit({str(s): times[str(s)] for s in SHARES}, times["dense"])
-    return {name: Limits(token_limit(over[name]), round(share, 3)) for name in methods}
+            chosen = {n: terms(resolve(n, **METHODS[n])[0], q, kv, ctx) for n in methods}
+            by_pages = {n for n, found in chosen.items() if found and lists.share(found, length, length)}
+    return {
+        name: Limits(token_limit(over[name]), round(share, 3) if name in by_pages else 1.0, over[name][length] <= 1)
+        for name in methods
+    }
 
 
-def _all(q: torch.Tensor, kv: KV, ctx: Ctx, terms: list[Selection]) -> list[torch.Tensor]:
-    return [pages.run(q, kv, term, ctx)[0] for term in terms]
+def _all(q: torch.Tensor, kv: KV, ctx: Ctx, selections: list[Selection]) -> list[torch.Tensor]:
+    return [pages.run(q, kv, term, ctx)[0] for term in selections]

@@ -74,7 +74,7 @@ def row(
     q, k, v = structured(length, heads, clock.device, dtype)
     pos = torch.arange(length, device=clock.device)
     kv = KV(k, v, pos.to(torch.int32).expand(1, 1, -1), ordered=True)
-    ctx = Ctx(0, 1, "prefill", "prompt", pos.expand(1, -1), (length,), heads[2] ** -0.5)
+    ctx = Ctx(0, 1, "prefill", "prompt", pos.expand(1, -1), (length,), heads[2] ** -0.5, ragged=False)
     names = [n for n, usable, _ in dense.backends() if usable and n in ("fa4", "cudnn", "flash")] or ["sdpa"]
     runs: dict[str, Callable[[], Any]] = {f"dense {n}": partial(backend_output, n, q, kv, ctx) for n in names}
     result: dict[str, Any] = {"tokens": length, "dense": names, "methods": {}}

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from attnpatch import breakeven
 from attnpatch.api import patched, resolve
 from attnpatch.bench import shared
 from attnpatch.bench.measure import environment
@@ -132,8 +133,9 @@ def correct(
 
     Adds to `tally`; a prefill that methods share is split evenly among them.
     """
+    tried = Tally()  # a try that runs out of memory counts nothing
     try:
-        hits = _correct(model, methods, prompts.to(model.device), wanted, tally)
+        hits = _correct(model, methods, prompts.to(model.device), wanted, tried)
     except torch.OutOfMemoryError:
         hits = None
     if hits is None:
@@ -143,6 +145,9 @@ def correct(
         half = len(prompts) // 2
         parts = (correct(model, methods, prompts[s], wanted[s], tally) for s in (slice(half), slice(half, None)))
         return [first + second for first, second in zip(*parts, strict=True)]
+    for method in methods:
+        tally.seconds[method] += tried.seconds[method]
+        tally.attended[method] += tried.attended[method]
     return [hits[m] for m in methods]
 
 
@@ -323,7 +328,8 @@ def main(argv: list[str] | None = None) -> None:
     model, cases, what = load(args, getattr(torch, dtype))
     methods = method_list(args)
     run = Run(task_list(args), methods)
-    run.go(model, cases, started + args.seconds)
+    with breakeven.ignored():
+        run.go(model, cases, started + args.seconds)
     body = {
         **environment(device, args.commit),
         "what": f"exact greedy answers; {what}; samples from seed {SEED}",

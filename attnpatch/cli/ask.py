@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +25,12 @@ def ask(
     template: Annotated[
         str | None, typer.Option("--template", help=r"Prompt with {context} and {question}; \n is a line break.")
     ] = None,
-    max_new_tokens: c.NewTokensOption = 128,
-    temperature: c.TemperatureOption = 0.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Most tokens of the answer. Default: the recipe's.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, help="0 = greedy. Default: the recipe's.")
+    ] = None,
     seed: c.SeedOption = 0,
     dtype: c.DtypeOption = None,
     device_map: c.DeviceOption = None,
@@ -33,7 +38,10 @@ def ask(
 ) -> None:
     """Answer a question from a text of any length (InfiniRetri); the answer goes to stdout, a summary to stderr."""
     method, inner = _methods(recipe, patch, settings)
-    method.max_new_tokens, method.temperature = max_new_tokens, float(temperature)
+    if max_new_tokens is not None:
+        method.max_new_tokens = max_new_tokens
+    if temperature is not None:
+        method.temperature = float(temperature)
     if template is not None:
         method.template = template.replace("\\n", "\n")
     type(method)(**vars(method))  # the values given last are checked too
@@ -43,6 +51,8 @@ def ask(
     if file == "-":
         from attnpatch.retrieving import stream_blocks
 
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the locale says
         text = stream_blocks(sys.stdin, "stdin")
     elif not text.is_file():
         raise ConfigError(f"{file} is no file; give the path of a UTF-8 text file, or - for stdin.")

@@ -70,6 +70,13 @@ def release() -> None:
         AttentionMaskInterface._global_mapping.pop(NAME, None)
 
 
+def input_device(model: Any) -> Any:
+    """Where token ids belong; accelerate keeps the weights of an offloaded embedding on the meta device."""
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    return embedding._hf_hook.execution_device if device.type == "meta" else device
+
+
 def greedy_options(model: Any) -> dict[str, Any]:
     """Arguments that make generate greedy whatever the model's generation_config says."""
     config = model.generation_config

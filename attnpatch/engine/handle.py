@@ -159,7 +159,8 @@ class Handle:
     def generate_rewritten(self, args: tuple, kwargs: dict) -> Any:
         """generate from the prompt a method writes; what comes back begins with the given prompt, as ever."""
         writer: Any = self.plan.writer
-        kwargs = {**kwargs}
+        names = tuple(signature(self.model.generate.original).parameters)[1:]
+        args, kwargs = args[:1], {**dict(zip(names, args[1:], strict=False)), **kwargs}
         ids = [x for x in (kwargs.pop("input_ids", None), kwargs.pop("inputs", None), *args[:1]) if x is not None]
         if len(ids) != 1 or kwargs.get("inputs_embeds") is not None or compat.take_cache(kwargs) is not None:
             raise UnsupportedModeError(

@@ -12,7 +12,7 @@ class Stopwatch:
     """Time between pairs of marks by name: CUDA events on a GPU, else the wall clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         self.spans: dict[str, list[tuple[Any, Any]]] = {}
 
     def mark(self) -> Any:
@@ -20,7 +20,7 @@ class Stopwatch:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # not of the current device
         return event
 
     def note(self, name: str, since: Any) -> None:
@@ -37,4 +37,6 @@ class Stopwatch:
         return sum(begin.elapsed_time(end) for begin, end in spans) / 1e3
 
     def __deepcopy__(self, memo: Any) -> Stopwatch:
-        return self  # marks lie in the past
+        copy = Stopwatch(self.device)  # marks are shared (events cannot be copied), the lists are not
+        copy.spans = {name: list(spans) for name, spans in self.spans.items()}
+        return copy

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnpatch.engine.call import KV
-from attnpatch.errors import ConfigError, UnsupportedModelError
+from attnpatch.errors import ConfigError, PatchStateError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,4 +75,8 @@ def read(handle: Handle, ids: Tensor, layer: int, rows: slice) -> Tap:
         handle.decoder(input_ids=ids, use_cache=False, attnpatch_tap=tap)
     except Taken:
         pass
+    if tap.q is None:
+        raise PatchStateError(
+            "the model was un-patched while it read; where several threads share a model, patch_model it before them."
+        )
     return tap

@@ -33,16 +33,21 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         for name, x in kv.rows.items():
             kv.rows[name] = x.clone() if x.is_inference() else x
     limits = breakeven.limits(patch.name, q.device, q.dtype) if ctx.phase == "prefill" else None
-    layer.note = _not_now(patch, layer, kv, ctx) or _too_short(patch, kv, limits)
+    note = _not_now(patch, layer, kv, ctx) or _too_short(patch, kv, limits)
     watch = layer.watch = layer.watch or Stopwatch(q.device)
-    begin = watch.mark() if ctx.phase == "prefill" and not layer.note else None
-    decision = None if layer.note else patch.select(q, kv, ctx)
+    begin = watch.mark() if ctx.phase == "prefill" and not note else None
+    decision = None if note else patch.select(q, kv, ctx)
     if decision is None:
-        layer.note = layer.note or "dense: the method's own choice"
+        note = note or "dense: the method's own choice"
+    if ctx.phase == "prefill" or "prefill" not in call.plan.selectors:  # steps leave what is said of the prompt
+        layer.note = note
+    if decision is None:
         return dispatch.run(q, kv, DENSE, ctx, lse)
     if limits is not None and not patch.merges:
         decision = list(decision) if isinstance(decision, Generator) else [decision]
         share = lists.share(decision, q.shape[2], kv.S)  # waits for the device: once a layer, in prefill
+        if share is not None and ctx.ragged:  # of all causal pairs; pads are none
+            share *= q.shape[0] * (q.shape[2] * (2 * kv.S - q.shape[2] + 1) // 2) / max(1, int((ctx.q_pos + 1).sum()))
         if share is not None and share > limits.share:
             layer.note = f"dense: {share:.0%} of the pages chosen, more than the {limits.share:.0%} that pay here"
             watch.note("all", begin)

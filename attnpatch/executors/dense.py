@@ -80,7 +80,7 @@ def _not_fa4(c: _Call) -> str | None:
         return why
     if why := _not_many(c):
         return why
-    return None if _fa4() else "flash_attn.cute is not installed (pip install 'attnpatch[flash]')"
+    return None if _fa4(varlen=c.packed) else "flash_attn.cute is not installed (pip install 'attnpatch[flash]')"
 
 
 def _not_many(c: _Call) -> str | None:

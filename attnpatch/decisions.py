@@ -62,7 +62,7 @@ class ColumnReweight:
     "renorm": the softmax numerator of a column is multiplied by its factor and the row renormalised, which is the same
     as adding log(factor) to its logit. Factors must be above 0.
     "give_back": the weight of a column is multiplied by its factor, and what is freed goes to the row's other visible
-    keys in proportion to their weights. Factors must lie in 0..1. Where the other keys hold less than 1e-6 (1/64 for
+    keys in proportion to their weights. Factors must lie in 0..1. Where the other keys hold less than 1e-3 (1/64 for
     bfloat16 output, 1/512 for float16) they get less, down to nothing, and the columns keep the rest: rounding would
     outweigh them otherwise. A row sums to one always.
     Factor 1 changes nothing. A column after the query, or one that was evicted, is left out. No position is listed

@@ -12,7 +12,7 @@ from interpreter import FORMS, HALF, INTERPRETED, mend_interpreter, needs_triton
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError
-from attnpatch.executors import column_sums, naive
+from attnpatch.executors import backends, column_sums, naive
 
 if INTERPRETED:
     mend_interpreter()
@@ -163,11 +163,11 @@ def test_the_choice_and_its_reason():
 )
 def test_the_choice_on_cuda(shape, dtype, why, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(column_sums, "has_triton", lambda: True)
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
     q = SimpleNamespace(shape=shape, dtype=dtype, device=torch.device("cuda", 0))
     name, reason = column_sums.choose(q, SimpleNamespace(k=q), torch.zeros(1))
     assert (name == "triton" and why is None) or (name == "torch" and why in reason)
-    monkeypatch.setattr(column_sums, "has_triton", lambda: False)
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
     assert "not triton" in column_sums.choose(q, SimpleNamespace(k=q), torch.zeros(1))[1]
 
 

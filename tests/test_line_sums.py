@@ -12,7 +12,7 @@ from interpreter import FORMS, HALF, INTERPRETED, mend_interpreter, needs_triton
 from selections import layer, noise
 
 from attnpatch.errors import ConfigError
-from attnpatch.executors import line_sums, naive, selecting
+from attnpatch.executors import backends, line_sums, naive, selecting
 
 if INTERPRETED:
     mend_interpreter()
@@ -118,12 +118,12 @@ def test_large_logits_and_the_same_bits_again(form):
 )
 def test_the_choice_on_cuda(shape, dtype, why, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(line_sums, "has_triton", lambda: True)
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
     q = SimpleNamespace(shape=shape, dtype=dtype, device=torch.device("cuda", 0))
     name, reason = line_sums.choose(q, SimpleNamespace(k=q))
     assert (name == "triton" and why is None) or (name == "torch" and why in reason)
     assert "dtype" in line_sums.choose(q, SimpleNamespace(k=SimpleNamespace(dtype=torch.int8)))[1] or why
-    monkeypatch.setattr(line_sums, "has_triton", lambda: False)
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
     assert "not triton" in line_sums.choose(q, SimpleNamespace(k=q))[1]
 
 

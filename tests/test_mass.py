@@ -12,7 +12,7 @@ import pytest
 import torch
 from interpreter import DEVICE, INTERPRETED, mend_interpreter, needs_triton, run_interpreted
 
-from attnpatch.executors import lists
+from attnpatch.executors import backends, lists
 
 if INTERPRETED:
     mend_interpreter()
@@ -134,7 +134,7 @@ def test_triton_pack(n):
 
 def test_the_search_is_not_for_every_score(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(lists, "has_triton", lambda: True)
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
     cuda = torch.device("cuda", 0)
     for dtype, why in ((torch.float32, None), (torch.bfloat16, None), (torch.float64, "float32, this is float64")):
         x = SimpleNamespace(device=cuda, dtype=dtype, shape=(2, 5), is_floating_point=lambda: True)

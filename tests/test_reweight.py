@@ -15,7 +15,7 @@ from selections import layer as as_layer
 from attnpatch.decisions import ColumnReweight, Selection
 from attnpatch.engine.call import KV
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors import naive, reweight
+from attnpatch.executors import backends, naive, reweight
 
 if INTERPRETED:
     mend_interpreter()
@@ -241,7 +241,7 @@ def test_the_choice_and_its_reason(monkeypatch):
     ctx, q = SimpleNamespace(mask=None), torch.zeros(1, 4, 1, 128)
     assert reweight.choose(q, ctx) == ("torch", "not triton: needs CUDA capability >= 8, this is cpu")
     monkeypatch.setattr(reweight, "too_old", lambda device, found, needed: None)
-    monkeypatch.setattr(reweight, "has_triton", lambda: True)
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
     assert reweight.choose(q, ctx)[0] == "triton"
     for bad, changed, why in (
         (q.double(), ctx, "float64"),
@@ -250,7 +250,7 @@ def test_the_choice_and_its_reason(monkeypatch):
         (q.clone().requires_grad_(), ctx, "no backward"),
     ):
         assert why in reweight.choose(bad, changed)[1]
-    monkeypatch.setattr(reweight, "has_triton", lambda: False)
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
     assert "not installed" in reweight.choose(q, ctx)[1]
 
 

@@ -15,7 +15,7 @@ from selections import attend, block_sets, largest, layer, noise, pairs, structu
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError
-from attnpatch.executors import antidiagonal, column_sums, naive, selecting
+from attnpatch.executors import antidiagonal, backends, column_sums, naive, selecting
 
 if INTERPRETED:
     mend_interpreter()
@@ -327,12 +327,12 @@ def test_triton_with_the_tile_of_large_devices():
 )
 def test_the_choice_on_cuda(major, dim, dtype, why, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    monkeypatch.setattr(antidiagonal, "has_triton", lambda: True)
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
     q = SimpleNamespace(shape=(1, 4, 64, dim), dtype=dtype, device=torch.device("cuda", 0))
     name, reason = antidiagonal.choose(q, q)
     assert (name == "triton" and why is None) or (name == "torch" and why in reason)
     assert antidiagonal.choose(q, SimpleNamespace(dtype=torch.float64))[0] == "torch"
-    monkeypatch.setattr(antidiagonal, "has_triton", lambda: False)
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
     assert "not triton" in antidiagonal.choose(q, q)[1]
 
 

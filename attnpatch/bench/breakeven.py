@@ -14,25 +14,15 @@ import torch
 
 from attnpatch.api import resolve
 from attnpatch.bench.measure import Clock, interleave
-from attnpatch.bench.prefill import METHODS, computed, structured, terms
+from attnpatch.bench.prefill import HEADS, METHODS, computed, problem, terms
 from attnpatch.breakeven import Limits
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.executors import dense, lists, pages, selecting
 
 LENGTHS = {"cuda": (4096, 8192, 16384, 32768), "cpu": (2048, 4096, 8192)}
-HEADS = {"cuda": (32, 8, 128), "cpu": (8, 4, 64)}  # query heads, KV heads, head dimension
 SHARES = (0.25, 0.5, 0.75)
 PAGE = 128
-
-
-def problem(length: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, KV, Ctx]:
-    """q, kv and ctx of a whole prompt."""
-    heads = HEADS.get(device.type, HEADS["cpu"])
-    q, k, v = structured(length, heads, device, dtype)
-    pos = torch.arange(length, device=device)
-    kv = KV(k, v, pos.to(torch.int32).expand(1, 1, -1), ordered=True)
-    return q, kv, Ctx(0, 1, "prefill", "prompt", pos.expand(1, -1), (length,), heads[2] ** -0.5, ragged=False)
 
 
 def random_pages(q: torch.Tensor, share: float) -> list[Selection]:
@@ -82,7 +72,7 @@ def measure(
     over: dict[str, dict[int, float]] = {name: {} for name in methods}
     clock, share, by_pages = Clock(device, 600), 1.0, set()
     for length in sorted(lengths):
-        q, kv, ctx = problem(length, device, dtype)
+        q, kv, ctx = problem(length, HEADS.get(device.type, HEADS["cpu"]), device, dtype)
         runs: dict[str, Callable[[], Any]] = {"dense": partial(dense.run, q, kv, Selection(), ctx)}
         runs |= {n: partial(computed, resolve(n, **METHODS[n])[0], q, kv, ctx) for n in methods}
         if length == max(lengths):

@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "minference": {},
     "hip": {"dense_layers": 0},
 }
+HEADS = {"cuda": (32, 8, 128), "cpu": (8, 4, 64)}  # query heads, KV heads, head dimension
 FULL, CPU, QUICK = (8192, 32768, 131072), (16384,), (600, 1300)
 
 
@@ -56,6 +57,16 @@ def structured(length: int, heads: tuple[int, int, int], device: torch.device, d
     return q, k.to(dtype), v
 
 
+def problem(
+    length: int, heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, KV, Ctx]:
+    """q, kv and ctx of a whole unpadded prompt of `structured`."""
+    q, k, v = structured(length, heads, device, dtype)
+    pos = torch.arange(length, device=device)
+    kv = KV(k, v, pos.to(torch.int32).expand(1, 1, -1), ordered=True)
+    return q, kv, Ctx(0, 1, "prefill", "prompt", pos.expand(1, -1), (length,), heads[2] ** -0.5, ragged=False)
+
+
 def terms(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> list[Any]:
     """What the method selects, all of it; [] = dense."""
     decision = patch.select(q, kv, ctx)
@@ -71,10 +82,7 @@ def row(
     length: int, heads: tuple[int, int, int], repeats: int, clock: Clock, dtype: torch.dtype, methods: list[str]
 ) -> dict[str, Any]:
     """Times of one length, every method and dense backend in turn, and peak memory."""
-    q, k, v = structured(length, heads, clock.device, dtype)
-    pos = torch.arange(length, device=clock.device)
-    kv = KV(k, v, pos.to(torch.int32).expand(1, 1, -1), ordered=True)
-    ctx = Ctx(0, 1, "prefill", "prompt", pos.expand(1, -1), (length,), heads[2] ** -0.5, ragged=False)
+    q, kv, ctx = problem(length, heads, clock.device, dtype)
     names = [n for n, usable, _ in dense.backends() if usable and n in ("fa4", "cudnn", "flash")] or ["sdpa"]
     runs: dict[str, Callable[[], Any]] = {f"dense {n}": partial(backend_output, n, q, kv, ctx) for n in names}
     result: dict[str, Any] = {"tokens": length, "dense": names, "methods": {}}
@@ -136,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     clock, started = Clock(device, args.seconds), time.monotonic()
-    heads = (4, 2, 32) if args.quick else (32, 8, 128) if gpu else (8, 4, 64)
+    heads = (4, 2, 32) if args.quick else HEADS["cuda" if gpu else "cpu"]
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     body: dict[str, Any] = {
         **environment(device, args.commit),

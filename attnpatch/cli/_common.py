@@ -285,9 +285,9 @@ def generate_once(
     import torch
 
     from attnpatch.api import patched
-    from attnpatch.engine.compat import greedy_options, output_cache
+    from attnpatch.engine.compat import greedy_options, input_device, output_cache
 
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    ids = ids.to(input_device(model))
     for patch in patches or ():
         if getattr(patch, "tokenizer", tokenizer) is None:  # a method that reads text
             patch.tokenizer = tokenizer  # type: ignore[attr-defined]

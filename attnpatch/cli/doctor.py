@@ -77,14 +77,21 @@ def collect() -> dict[str, Any]:
     return data
 
 
-def _breakeven(problems: list[str]) -> dict[str, Any]:
-    """File, machine and limits of the sparse prefills, as measured."""
+def _measured_with() -> tuple[Any, Any]:
+    """Device and dtype that sparse prefill is measured with here."""
     import torch
 
+    from attnpatch.executors.backends import here
+
+    device = here()
+    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _breakeven(problems: list[str]) -> dict[str, Any]:
+    """File, machine and limits of the sparse prefills, as measured."""
     from attnpatch import breakeven
 
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    where = breakeven.machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    where = breakeven.machine(*_measured_with())
     try:
         found = breakeven.load().get(where, {})
     except ConfigError as error:
@@ -94,16 +101,12 @@ def _breakeven(problems: list[str]) -> dict[str, Any]:
 
 
 def _calibrate(quiet: bool) -> None:
-    import torch
-
     from attnpatch import breakeven
     from attnpatch.bench.breakeven import measure
 
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = measure(
-        device, dtype, repeats=5 if device.type == "cuda" else 2, say=lambda line: None if quiet else typer.echo(line)
-    )
+    device, dtype = _measured_with()
+    repeats = 5 if device.type == "cuda" else 2
+    found = measure(device, dtype, repeats=repeats, say=lambda line: None if quiet else typer.echo(line))
     file = breakeven.save(breakeven.machine(device, dtype), found)
     if not quiet:
         typer.echo(f"written to {file}\n")

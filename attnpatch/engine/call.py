@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attnpatch import breakeven
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import dense
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from attnpatch.breakeven import Limits
     from attnpatch.budget import Budget
     from attnpatch.engine.cache import PatchCache
     from attnpatch.engine.families import LayerFact
@@ -171,6 +173,7 @@ class Call:
         self._order: Tensor | None = None
         self._q_pos: Tensor | None = None
         self._lengths: dict[Any, Any] = {}
+        self._limits: dict[Any, Limits | None] = {}
         self._unturned: dict[Any, Tensor] = {}
         self.event = cache.begin(length, self.before) if cache is not None else "prompt"
 
@@ -253,6 +256,13 @@ class Call:
         """[B, T] slots of the new tokens where slots are positions. Only where there is padding."""
         t = torch.arange(self.length, device=self.padding.device)  # type: ignore[union-attr]
         return self.total.long() - self.fresh + t
+
+    def limits(self, patch: Patch, q: Tensor) -> Limits | None:
+        """What was measured of `patch` for q's device and dtype; looked up once a forward, for it may be in a file."""
+        key = (patch.name, q.device, q.dtype)
+        if key not in self._limits:
+            self._limits[key] = breakeven.limits(*key)
+        return self._limits[key]
 
     def row_lengths(self, layer: PatchLayer) -> Any:
         """`dense.row_lengths` of a layer, or None; layers that hold the same share it within the forward."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnpatch import breakeven
 from attnpatch.decisions import Selection
 from attnpatch.engine.stopwatch import Stopwatch
 from attnpatch.errors import ConfigError
@@ -32,7 +31,7 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
     if not torch.is_inference_mode_enabled():  # methods write into what they keep
         for name, x in kv.rows.items():
             kv.rows[name] = x.clone() if x.is_inference() else x
-    limits = breakeven.limits(patch.name, q.device, q.dtype) if ctx.phase == "prefill" else None
+    limits = call.limits(patch, q) if ctx.phase == "prefill" else None
     note = _not_now(patch, layer, kv, ctx) or _too_short(patch, kv, limits)
     watch = layer.watch = layer.watch or Stopwatch(q.device)
     begin = watch.mark() if ctx.phase == "prefill" and not note else None
@@ -45,9 +44,8 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         return dispatch.run(q, kv, DENSE, ctx, lse)
     if limits is not None and not patch.merges:
         decision = list(decision) if isinstance(decision, Generator) else [decision]
-        share = lists.share(decision, q.shape[2], kv.S)  # waits for the device: once a layer, in prefill
-        if share is not None and ctx.ragged:  # of all causal pairs; pads are none
-            share *= q.shape[0] * (q.shape[2] * (2 * kv.S - q.shape[2] + 1) // 2) / max(1, int((ctx.q_pos + 1).sum()))
+        # waits for the device: once a layer, in prefill
+        share = lists.share(decision, q.shape[2], kv.S, ctx.q_pos if ctx.ragged else None)
         if share is not None and share > limits.share:
             layer.note = f"dense: {share:.0%} of the pages chosen, more than the {limits.share:.0%} that pay here"
             watch.note("all", begin)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attnpatch.executors.backends import on
+from attnpatch.executors.launching import on
 
 LOG2E = 1.4426950408889634
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from attnpatch.executors.backends import on
+from attnpatch.executors.launching import on, rowwise
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton itself reads it at import
 LOG2E = 1.4426950408889634
@@ -116,7 +116,7 @@ def launch(
     q: [B, Hq, T, D]; k: [B, Hkv, S, D], same dtype; pos: int [B, 1|Hkv, S]; q_pos: int [B, T]; lse: fp [B, Hq, T].
     """
     (batch, heads, rows, dim), (kv_heads, slots) = q.shape, k.shape[1:3]
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k = rowwise(q), rowwise(k)
     pos, q_pos = pos.to(torch.int32).contiguous(), q_pos.to(torch.int32).contiguous()
     # +inf is the mark of a row that gives nothing: padding, or nothing visible
     nothing = (lse == float("-inf")) | (q_pos < 0)[:, None]

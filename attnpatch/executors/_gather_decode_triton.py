@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors.launching import processors, rowwise, strides
+
 PER_SM = 4
 """Programs a multiprocessor holds at once; no more are started than find a place."""
 
@@ -153,18 +155,6 @@ def _merge(
         tl.store(LSE + row, lse, mask=tl.program_id(1) == 0)
 
 
-def _rowwise(x: torch.Tensor) -> torch.Tensor:
-    """x with its last dimension contiguous, as the kernel reads it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(x: torch.Tensor | None, dims: int) -> list[int]:
-    """Strides of the first dimensions, 0 where there is one entry (or no tensor) for all."""
-    if x is None:
-        return [0] * dims
-    return [0 if x.shape[i] == 1 else x.stride(i) for i in range(dims)]
-
-
 def shapes(dim: int, size: int, rows: int, page: int) -> dict[str, int]:
     """Block sizes and launch settings for head size `dim` of `size` bytes an element, `rows` query heads a list."""
     return {
@@ -179,17 +169,6 @@ def shapes(dim: int, size: int, rows: int, page: int) -> dict[str, int]:
     }
 
 
-_places: dict[torch.device, int] = {}
-
-
-def places(device: torch.device) -> int:
-    """Programs that run at once on the device."""
-    if device not in _places:
-        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-        _places[device] = PER_SM * sms
-    return _places[device]
-
-
 def launch(
     q: torch.Tensor, kv: Any, selection: Any, columns: torch.Tensor | None, ctx: Any, read: bool, scan: bool,
     want_lse: bool,
@@ -200,15 +179,15 @@ def launch(
     """
     (batch, heads, _, dim), (kv_heads, slots) = q.shape, kv.k.shape[1:3]
     index, count = selection.index, selection.count
-    index, columns = (None if x is None else _rowwise(x) for x in (index, columns))
+    index, columns = (None if x is None else rowwise(x) for x in (index, columns))
     units = max([kv_heads, *(x.shape[1] for x in (index, count, columns) if x is not None)])
-    q, k, v = _rowwise(q), _rowwise(kv.k), _rowwise(kv.v)
-    pos = _rowwise(kv.pos) if read else q  # not read otherwise, like every other stand-in
+    q, k, v = rowwise(q), rowwise(kv.k), rowwise(kv.v)
+    pos = rowwise(kv.pos) if read else q  # not read otherwise, like every other stand-in
     width, wide = 0 if index is None else index.shape[3], 0 if columns is None else columns.shape[2]
     sizes = shapes(dim, q.element_size(), heads // units, selection.page)
     near = slots if scan else min(selection.sink + selection.window, slots)
     most = -(-(width * selection.page + wide + near) // sizes["N"])
-    splits = max(1, min(most, places(q.device) // (batch * units), 128))
+    splits = max(1, min(most, PER_SM * processors(q.device) // (batch * units), 128))
     part = torch.empty(batch * heads * splits * (dim + 1), dtype=torch.float32, device=q.device)
     part, part_lse = part[: batch * heads * splits * dim], part[batch * heads * splits * dim :]
     shares = [1 if x is None else units // x.shape[1] for x in (index, count, columns)]
@@ -216,8 +195,8 @@ def launch(
         q, k, v, pos, q if ctx.q_pos is None else ctx.q_pos,
         *(q if x is None else x for x in (index, count, columns)), part, part_lse,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-        *(_strides(pos, 2) if read else (0, 0)), *_strides(ctx.q_pos, 1),
-        *_strides(index, 2), *_strides(count, 2), *_strides(columns, 2),
+        *(strides(pos, 2) if read else (0, 0)), *strides(ctx.q_pos, 1),
+        *strides(index, 2), *strides(count, 2), *strides(columns, 2),
         float(ctx.scaling), float(ctx.softcap or 1.0), slots, width, wide, selection.sink, selection.window,
         2**31 - 1 if ctx.window is None else ctx.window, splits, units, units // kv_heads, *shares,
         LISTS=index is not None, COUNTS=count is not None, COLS=columns is not None, AT=ctx.q_pos is not None,

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors.launching import rowwise
+
 
 @triton.jit
 def _child(start, size, c, ok, CENTER: tl.constexpr, LAST: tl.constexpr):
@@ -107,9 +109,7 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As `halving.run`."""
     (batch, heads, lists, groups), (count, dim) = start.shape, samples.shape[3:]
-    samples, k, limit, start, size = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (samples, k, limit.to(torch.int32), start, size)
-    )
+    samples, k, limit, start, size = (rowwise(x) for x in (samples, k, limit.to(torch.int32), start, size))
     sizes = shapes(count, dim, groups)
     new_start, new_size = (torch.empty(start.shape, dtype=torch.int32, device=k.device) for _ in range(2))
     score = torch.empty(batch * heads * lists, sizes["CHILDREN"], dtype=torch.int32, device=k.device)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.backends import on
+from attnpatch.executors.launching import on, rowwise
 
 LOG2E = 1.4426950408889634
 FAR = 2**31 - 1
@@ -108,7 +108,7 @@ def launch(
     config overrides STEP, num_warps, num_stages and maxnreg.
     """
     (batch, heads, rows, dim), (kv_heads, slots) = q.shape, k.shape[1:3]
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k = rowwise(q), rowwise(k)
     pos, q_pos = pos.to(torch.int32).contiguous(), q_pos.to(torch.int32).contiguous()
     tall, wide = (max(16, triton.next_power_of_2(n)) for n in (rows, dim))
     blocks, group = triton.cdiv(slots, KEYS), heads // kv_heads

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.backends import on
+from attnpatch.executors.launching import on
 
 COUNT, WITHIN, BELOW = 0, 1, 2
 """What fits: as many scores as the limit, scores that sum to at most it, or those before whom less than it is held."""

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.backends import on
+from attnpatch.executors.launching import on
 
 
 @triton.jit

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors.launching import rowwise
+
 
 @triton.jit(do_not_specialize=["pages"])
 def _scores(
@@ -67,7 +69,7 @@ def scores(
 ) -> torch.Tensor:
     """As `page_bounds.scores`."""
     (batch, heads, _, dim), (_, kv_heads, pages, _) = q.shape, bounds.shape
-    q, bounds = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, bounds))
+    q, bounds = rowwise(q), rowwise(bounds)
     group, block = heads // kv_heads, 64 if dim * q.element_size() <= 256 else 32
     out = torch.empty(batch, kv_heads if largest else heads, pages, dtype=torch.float32, device=q.device)
     _scores[(triton.cdiv(pages, block), batch * kv_heads)](
@@ -82,7 +84,7 @@ def scores(
 
 def add(bounds: torch.Tensor, k: torch.Tensor, page: int, slot: torch.Tensor) -> None:
     """As `page_bounds.add`."""
-    (batch, heads, _, dim), k = k.shape, k if k.stride(-1) == 1 else k.contiguous()
+    (batch, heads, _, dim), k = k.shape, rowwise(k)
     _add[(batch * heads,)](
         bounds, k, slot, *bounds.stride()[:3], *k.stride()[:3], slot.stride(0), heads,
         SIZE=page, D=dim, WIDE=max(16, triton.next_power_of_2(dim)), num_warps=4 if dim > 64 else 1,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.backends import on
+from attnpatch.executors.launching import on, rowwise
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton itself reads it at import
 LOG2E = 1.4426950408889634
@@ -92,7 +92,7 @@ def launch(
     pos, slot: int [B|1, H, C] of the same layout; a slot outside kv is not read.
     """
     (batch, heads, rows, dim), (kv_heads, slots) = q.shape, kv.k.shape[1:3]
-    out, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (out, q, kv.k, kv.v))
+    out, q, k, v = (rowwise(x) for x in (out, q, kv.k, kv.v))
     pos, slot = pos.to(torch.int32).contiguous(), slot.to(torch.int32).contiguous()
     factor, q_pos = decision.factor.float().contiguous(), ctx.q_pos.to(torch.int32)
     q_pos = q_pos if q_pos.stride(-1) == 1 or rows == 1 else q_pos.contiguous()

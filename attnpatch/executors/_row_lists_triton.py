@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors.launching import rowwise, strides
+
 
 @triton.jit
 def _tile(
@@ -164,18 +166,6 @@ def _kernel(
         tl.store(LSE + batch * lse_batch + head.to(tl.int64) * lse_head + r, lse, mask=real)
 
 
-def _rowwise(x: torch.Tensor) -> torch.Tensor:
-    """x with its last dimension contiguous, as the kernel reads it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(x: torch.Tensor | None, dims: int) -> list[int]:
-    """Strides of the first dimensions, 0 where there is one entry (or no tensor) for all."""
-    if x is None:
-        return [0] * dims
-    return [0 if x.shape[i] == 1 else x.stride(i) for i in range(dims)]
-
-
 def shapes(dim: int, tile: int, page: int) -> dict[str, int]:
     """Block sizes and launch settings for head size `dim` and query tiles of `tile` rows."""
     rows = max(16, triton.next_power_of_2(tile))
@@ -197,16 +187,16 @@ def launch(
     """out [B, rows, Hq, D], lse [B, Hq, rows] or None; tiles and lists as `row_lists` prepares them."""
     (batch, heads, total, dim), (kv_heads, slots) = q.shape, kv.k.shape[1:3]
     offset = slots - total + tiles.first
-    rows = _rowwise(q[:, :, tiles.first : tiles.first + tiles.rows])
-    k, v = _rowwise(kv.k), _rowwise(kv.v)
+    rows = rowwise(q[:, :, tiles.first : tiles.first + tiles.rows])
+    k, v = rowwise(kv.k), rowwise(kv.v)
     if ctx.q_pos is None:
         q_pos = torch.arange(offset, offset + tiles.rows, device=q.device)[None]
     else:
         q_pos = ctx.q_pos[:, tiles.first : tiles.first + tiles.rows]
-    q_pos = _rowwise(q_pos)
-    pos = _rowwise(kv.pos) if kv.holes else q_pos  # read with holes only
+    q_pos = rowwise(q_pos)
+    pos = rowwise(kv.pos) if kv.holes else q_pos  # read with holes only
     named = (lists.index, lists.count, lists.columns, lists.repeated)
-    index, count, columns, repeated = (None if x is None else _rowwise(x) for x in named)
+    index, count, columns, repeated = (None if x is None else rowwise(x) for x in named)
     out = torch.empty(batch, tiles.rows, heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, tiles.rows, dtype=torch.float32, device=q.device) if want_lse else out
     given = [x if x is not None else q_pos for x in (index, count, columns)]
@@ -215,8 +205,8 @@ def launch(
     _kernel[(tiles.count, batch * heads)](
         rows, k, v, pos, q_pos, *given, marks, out, lse,
         *rows.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *(_strides(pos, 2) if kv.holes else (0, 0)), *_strides(q_pos, 1),
-        *_strides(index, 3), *_strides(count, 2), *_strides(columns, 2), *_strides(repeated, 3),
+        *(strides(pos, 2) if kv.holes else (0, 0)), *strides(q_pos, 1),
+        *strides(index, 3), *strides(count, 2), *strides(columns, 2), *strides(repeated, 3),
         out.stride(0), out.stride(1), *(lse.stride()[:2] if want_lse else (0, 0)),
         float(ctx.scaling), float(ctx.softcap or 1.0), tiles.rows, offset,
         0 if index is None else index.shape[3], 0 if columns is None else columns.shape[2],

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors.launching import processors, rowwise
+
 PER_SM = 2
 """Programs a multiprocessor holds at once in the pass over the keys."""
 PARTS = 128
@@ -108,26 +110,15 @@ def shapes(dim: int, size: int, rows: int) -> dict[str, int]:
     }
 
 
-_places: dict[torch.device, int] = {}
-
-
-def places(device: torch.device) -> int:
-    """Programs that run at once on the device."""
-    if device not in _places:
-        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        _places[device] = PER_SM * sms
-    return _places[device]
-
-
 def launch(
     q: torch.Tensor, k: torch.Tensor, first: int, end: torch.Tensor, late: int, scaling: float,
     softcap: float | None, reduce: str, outs: int, skip: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """fp32 [B, outs, S], as `votes.run`."""
     (batch, heads, _, dim), (kv_heads, slots) = q.shape, k.shape[1:3]
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k = rowwise(q), rowwise(k)
     sizes = shapes(dim, q.element_size(), heads // kv_heads)
-    parts = max(1, min(-(-slots // sizes["N"]), places(q.device) // (batch * kv_heads), PARTS))
+    parts = max(1, min(-(-slots // sizes["N"]), PER_SM * processors(q.device) // (batch * kv_heads), PARTS))
     logits = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
     stats = torch.empty(2, batch * heads * parts, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, outs, slots, dtype=torch.float32, device=q.device)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from attnpatch.errors import ConfigError
 from attnpatch.executors import column_sums
-from attnpatch.executors.backends import capability, has_triton, not_half, too_old
+from attnpatch.executors.backends import capability, no_triton, not_half, too_old
 from attnpatch.executors.column_sums import compute_dtype, matmul, operand
 
 
@@ -42,9 +42,7 @@ def _not_triton(q: torch.Tensor, keys: torch.Tensor) -> str | None:
         return "needs queries and keys of one dtype"
     if q.shape[3] % 8:
         return f"needs a head dimension that is a multiple of 8, this is {q.shape[3]}"
-    if torch.compiler.is_compiling():
-        return "is not traced by torch.compile"
-    return None if has_triton() else "triton is not installed"
+    return no_triton()
 
 
 def choose(q: torch.Tensor, keys: torch.Tensor) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +14,11 @@ from attnpatch.errors import ConfigError, VersionError
 NAMES = ("fa4", "fa3", "cudnn", "flash", "sdpa", "torch", "flex", "triton", "fa2")
 """Backends of all executors. An executor that lacks a forced one makes its own choice and says so."""
 HALF = (torch.float16, torch.bfloat16)
+
+
+def here() -> torch.device:
+    """The device that work goes to unless told: the current GPU, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def capability(device: torch.device) -> int:
@@ -58,11 +62,6 @@ def _attribute(module: str, name: str) -> Any:
         except ImportError:
             _found[key] = None
     return _found[key]
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes `device` the current one: Triton launches there, which need not be where a spread model's layer lies."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def too_old(device: str, found: int, needed: int) -> str | None:

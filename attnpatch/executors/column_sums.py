@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from attnpatch.errors import ConfigError
-from attnpatch.executors.backends import HALF, capability, has_triton, too_old
+from attnpatch.executors.backends import HALF, capability, no_triton, too_old
 
 MAX_BLOCK = 64 * 2**20
 """Most logits (elements) held at once by the torch form."""
@@ -59,9 +59,7 @@ def _not_triton(queries: torch.Tensor, kv: Any, lse: torch.Tensor | None) -> str
         return f"needs a head dimension that is a multiple of 8 up to 256, this is {dim}"
     if rows < FUSED_ROWS:
         return f"needs {FUSED_ROWS} rows to fill a tile, these are {rows}"
-    if torch.compiler.is_compiling():
-        return "is not traced by torch.compile"
-    return None if has_triton() else "triton is not installed"
+    return no_triton()
 
 
 def choose(queries: torch.Tensor, kv: Any, lse: torch.Tensor | None) -> tuple[str, str]:

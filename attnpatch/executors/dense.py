@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, VersionError
-from attnpatch.executors.backends import HALF, first_fit
+from attnpatch.executors.backends import HALF, first_fit, here
 from attnpatch.executors.backends import capability as _capability
 from attnpatch.executors.backends import fa4 as _fa4
 from attnpatch.executors.backends import no_cuda_half as _no_cuda_half
@@ -300,7 +300,7 @@ def choose(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool = False) -> tuple[
 
 def backends() -> list[tuple[str, bool, str]]:
     """(name, usable, reason) of each backend on this machine, fastest first, for a plain bf16 prompt, head size 128."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = here()
     call = _Call(
         device=device.type, capability=_capability(device), dtype=torch.bfloat16, dim=128, single=False, square=True,
         holes=False, softcap=False, window=False, part=False, mask=False, want_lse=False,

@@ -15,7 +15,8 @@ import torch
 
 from attnpatch.errors import ConfigError, InputError, VersionError
 from attnpatch.executors import row_lists
-from attnpatch.executors.backends import HALF, capability, has_triton, on, too_old
+from attnpatch.executors.backends import HALF, capability, has_triton, too_old
+from attnpatch.executors.launching import on
 from attnpatch.executors.lists import spread
 
 Result = tuple[torch.Tensor, torch.Tensor | None]

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from attnpatch.errors import ConfigError
-from attnpatch.executors.backends import HALF, capability, has_triton, on
+from attnpatch.executors.backends import HALF, capability, has_triton
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
+from attnpatch.executors.launching import on
 from attnpatch.executors.lists import best
 from attnpatch.executors.row_lists import take
 

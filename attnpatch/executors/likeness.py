@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from attnpatch.errors import ConfigError
-from attnpatch.executors.backends import capability, no_triton, on
+from attnpatch.executors.backends import capability, no_triton
+from attnpatch.executors.launching import on
 
 WIDEST = 32768
 """Most numbers of a query that the one program of a row holds."""

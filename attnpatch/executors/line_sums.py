@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from attnpatch.errors import ConfigError
 from attnpatch.executors import column_sums
-from attnpatch.executors.backends import capability, has_triton, not_half, too_old
+from attnpatch.executors.backends import capability, no_triton, not_half, too_old
 from attnpatch.executors.column_sums import matmul, operand
 
 FUSED_ROWS = 128
@@ -27,9 +27,7 @@ def _not_triton(queries: torch.Tensor, kv: Any) -> str | None:
         return f"needs a head dimension that is a multiple of 8 up to 256, this is {dim}"
     if rows > FUSED_ROWS:
         return f"takes at most {FUSED_ROWS} rows, these are {rows}"
-    if torch.compiler.is_compiling():
-        return "is not traced by torch.compile"
-    return None if has_triton() else "triton is not installed"
+    return no_triton()
 
 
 def choose(queries: torch.Tensor, kv: Any) -> tuple[str, str]:

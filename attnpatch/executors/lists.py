@@ -11,7 +11,7 @@ import torch
 
 from attnpatch.decisions import ranked
 from attnpatch.executors import naive
-from attnpatch.executors.backends import capability, has_triton, too_old
+from attnpatch.executors.backends import capability, no_triton, too_old
 from attnpatch.executors.column_sums import compute_dtype, rows_per_block
 
 
@@ -19,11 +19,9 @@ def _kernels(x: torch.Tensor) -> str | None:
     """What stands in the way of the Triton kernels, or None."""
     if why := too_old(x.device.type, capability(x.device), 8):
         return why
-    if torch.compiler.is_compiling():
-        return "is not traced by torch.compile"
     if x.shape[-1] >= 2**30:
         return f"takes less than 2**30 in a row, these are {x.shape[-1]}"
-    return None if has_triton() else "triton is not installed"
+    return no_triton()
 
 
 def pack(
@@ -192,10 +190,11 @@ def density(selection: Any, T: int, S: int) -> torch.Tensor:
     return (seen.sum(dim=(-1, -2)).double() / pairs).float()
 
 
-def share(terms: Sequence[Any], T: int, S: int) -> float | None:
+def share(terms: Sequence[Any], T: int, S: int, q_pos: torch.Tensor | None = None) -> float | None:
     """Share of the causal (query, key) pairs that terms over T queries at the end of S keys select, mean over heads.
 
-    None where it is not told by pages alone. Waits for the device.
+    q_pos: int [B, T], -1 = padding, whose pairs do not count; None = there is no padding. The share is None where it is
+    not told by pages alone. Waits for the device.
     """
     total: Any = 0.0
     for term in terms:
@@ -204,7 +203,10 @@ def share(terms: Sequence[Any], T: int, S: int) -> float | None:
         start, stop, _ = (term.rows or slice(None)).indices(T)
         rows, first = stop - start, S - T + start
         total = total + density(term, T, S).mean() * (rows * first + rows * (rows + 1) // 2)
-    return float(total / (T * (S - T) + T * (T + 1) // 2))
+    pairs: Any = T * (S - T) + T * (T + 1) // 2  # of a batch row
+    if q_pos is not None:
+        pairs = (q_pos + 1).sum().clamp(min=1) / q_pos.shape[0]
+    return float(total / pairs)
 
 
 def _triangle(x: torch.Tensor, page: int) -> torch.Tensor:

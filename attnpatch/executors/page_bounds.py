@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from attnpatch.executors.backends import capability, no_triton, on, too_old
+from attnpatch.executors.backends import capability, no_triton, too_old
 from attnpatch.executors.column_sums import matmul, operand
+from attnpatch.executors.launching import on
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from attnpatch.errors import InputError, VersionError
 from attnpatch.executors import pages_torch as torch_form
 from attnpatch.executors import row_lists
-from attnpatch.executors.backends import capability, fa4, first_fit, no_cuda_half
+from attnpatch.executors.backends import capability, fa4, first_fit, here, no_cuda_half
 from attnpatch.executors.pages_torch import Result, Stripe, stripe_of
 
 RECOMPILE_LIMIT = 256
@@ -296,7 +296,7 @@ def choose(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = 
 
 def backends() -> list[tuple[str, bool, str]]:
     """(name, usable, reason) of each backend here, fastest first, for bf16, head size 128 and blocks of 128 x 128."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = here()
     call = _Call(
         device=device.type, capability=capability(device), dtype=torch.bfloat16, dim=128, page=128, bq=128,
         beside=False, holes=False, softcap=False, window=False, mask=False, want_lse=False,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attnpatch.errors import ConfigError
-from attnpatch.executors.backends import capability, has_triton, too_old
+from attnpatch.executors.backends import capability, no_triton, too_old
 from attnpatch.executors.column_sums import compute_dtype, matmul, operand, rows_per_block
 from attnpatch.executors.lists import spread
 
@@ -47,9 +47,7 @@ def _not_triton(q: torch.Tensor, ctx: Any) -> str | None:
         return "takes no 4-D mask"
     if torch.is_grad_enabled() and q.requires_grad:
         return "has no backward"
-    if torch.compiler.is_compiling():
-        return "is not traced by torch.compile"
-    return None if has_triton() else "triton is not installed"
+    return no_triton()
 
 
 def choose(q: torch.Tensor, ctx: Any) -> tuple[str, str]:

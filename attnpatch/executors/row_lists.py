@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors.backends import capability, first_fit, has_triton, not_half, on, too_old
+from attnpatch.executors.backends import capability, first_fit, has_triton, not_half, too_old
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
+from attnpatch.executors.launching import on
 from attnpatch.executors.lists import spread
 
 TILE_ROWS = 128

@@ -9,7 +9,8 @@ import torch
 
 from attnpatch.decisions import ranked
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors.backends import capability, no_triton, on, too_old
+from attnpatch.executors.backends import capability, no_triton, too_old
+from attnpatch.executors.launching import on
 
 Result = tuple[torch.Tensor, torch.Tensor]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors.backends import HALF, capability, no_triton, on, too_old
+from attnpatch.executors.backends import HALF, capability, no_triton, too_old
 from attnpatch.executors.column_sums import matmul, operand
+from attnpatch.executors.launching import on
 
 REDUCE = ("sum", "max", "mean")
 

@@ -102,6 +102,8 @@ def patch_model(
     if decoder.config._attn_implementation == NAME:
         raise PatchStateError("this model shares its config object with a patched one; load it with its own config.")
     covered = resolve_layers(layers, facts)
+    for p in patches:
+        p.fits(decoder.config)
     rope = Rope(decoder, covered) if any(p.needs_rope for p in patches) else None
     plan = Plan(patches, facts, covered, decoder.config, rope)
     Handle(base, decoder, plan).install()

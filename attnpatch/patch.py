@@ -93,6 +93,9 @@ class Patch:
         """Whether `observe` reads `ctx.lse`."""
         return False
 
+    def fits(self, config: Any) -> None:
+        """Raise ConfigError unless calibrated values fit the model of this decoder config; called by patch_model."""
+
     @property
     def recompresses(self) -> bool:
         """Whether an already compressed cache is compressed again at a later turn."""

@@ -135,6 +135,7 @@ def _patched(
     observers = plan.observers if ordinal is not None else ()
     custom = _custom_mask(call, layer, order, q, keeper)
     ctx = Ctx(ordinal or 0, len(plan.covered), call.phase, event, q_pos, (), scaling, softcap, None, custom)
+    ctx.index = index
     if plan.rope is not None:
         ctx.turn = lambda x, by: plan.rope.turn(x, index, by)
         ctx.back = lambda x: call.unturned(x, index)

@@ -129,6 +129,7 @@ class Ctx:
     bytes_per_token: float | None = None
     report: dict[str, Tensor] = field(default_factory=dict)  # numbers to show in status (their mean), by name
     untouched: tuple[bool, ...] = ()  # rows that keep all they hold, whatever the budget
+    index: int = 0  # the layer's number in the model, as profiles count
 
     @property
     def last_layer(self) -> bool:

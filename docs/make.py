@@ -1,0 +1,100 @@
+"""Write the page of every method from its dataclass and recipe: `python docs/make.py`. A test finds stale pages."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from attnpatch.patch import Patch, describe, list_patches
+from attnpatch.recipe import Recipe, list_recipes, load_recipe
+
+FOLDER = Path(__file__).parent / "methods"
+STAGES = {
+    "prefill": ("Sparse prefill", "The prompt is computed over fewer keys; the cache stays whole."),
+    "evict": ("Evict", "The cache keeps fewer entries."),
+    "decode": ("Select", "The cache stays whole; a decode step reads little of it."),
+    "calibrate": ("Re-weight", "The attention of a few tokens is changed, by values found for a model and a task."),
+    "retrieve": (
+        "Retrieve",
+        "A text beyond the window is read in chunks; the answer is generated from what was found.",
+    ),
+}
+
+
+def cell(value: Any) -> str:
+    """A value in a table."""
+    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def options(cls: type[Patch], recipes: list[Recipe]) -> list[str]:
+    """The table of hyperparameters: default, the recipe's value and where it comes from."""
+    recipe = next((r for r in recipes if r.name == cls.name), None)
+    values, sources = (recipe.hyperparameters, recipe.sources) if recipe else ({}, {})
+    allowed = {f.name: f.metadata.get("choices") for f in fields(cls)}
+    lines = [
+        "| hyperparameter | type | default | recipe | meaning | source of the recipe's value |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, kind, default, text in describe(cls):
+        one_of = f" ({', '.join(map(cell, allowed[name]))})" if allowed[name] else ""
+        mine = f"`{cell(values[name])}`" if name in values else ""
+        cells = [f"`{name}`", cell(kind), f"`{cell(default)}`", mine, cell(text) + one_of, cell(sources.get(name, ""))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def page(cls: type[Patch]) -> str:
+    """One method, in Markdown."""
+    recipes = [r for r in map(load_recipe, list_recipes()) if r.patch == cls.name]
+    stage, what = STAGES.get(cls.stage, (cls.stage, ""))
+    lines = [
+        f"# {cls.title or cls.name}", "",
+        f"`{cls.name}` · {stage.lower()} · {cls.paper or 'no paper'} · "
+        + ("looks at the question" if cls.query_aware else "does not look at the question"), "",
+        what, "", inspect.getdoc(cls) or "", "", "## Hyperparameters", "",
+    ]  # fmt: skip
+    lines += options(cls, recipes)
+    for recipe in recipes:
+        lines += ["", f"## Recipe `{recipe.name}`", "", recipe.description, ""]
+        lines += [f"Families: {', '.join(recipe.families)}.", ""] if recipe.families else []
+        lines += ["```bash", f"attnpatch generate --model PATH --recipe {recipe.name} --prompt-file prompt.txt", "```"]
+    lines.append("")
+    return "\n".join(lines)
+
+
+def index(patches: dict[str, type[Patch]]) -> str:
+    """All methods, by what they do."""
+    lines = [
+        "# Methods",
+        "",
+        "`attnpatch list` shows them; each page is made from the method's file and its recipe.",
+        "",
+    ]
+    for stage, (title, what) in STAGES.items():
+        lines += [f"## {title}", "", what, "", "| name | method | paper |", "|---|---|---|"]
+        lines += [f"| [`{n}`]({n}.md) | {c.title} | {c.paper} |" for n, c in patches.items() if c.stage == stage] + [""]
+    return "\n".join(lines)
+
+
+def pages() -> dict[str, str]:
+    """File name -> text of all pages. Methods of third parties are left out."""
+    own = {n: c for n, c in list_patches().items() if c.__module__.startswith("attnpatch.patches.")}
+    return {"index.md": index(own), **{f"{name}.md": page(cls) for name, cls in own.items()}}
+
+
+def main() -> None:
+    """Write them all, and remove what no method stands behind."""
+    FOLDER.mkdir(exist_ok=True)
+    made = pages()
+    for old in FOLDER.glob("*.md"):
+        if old.name not in made:
+            old.unlink()
+    for name, text in made.items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,9 @@ Every method answers the same prompts of the embedded model's tasks by greedy `g
 its tokens are right. Batches go through all methods in turn, so a run that stops early has equal counts for all; the
 evicting methods share one dense prefill of a batch (`attnpatch.bench.shared`), which gives the answers of plain
 `generate`. Without --methods all evicting ones run at the budgets of the table; methods that keep the whole cache
-(`--methods flexprefill hip`) run with their recipe. `--tiny` is a dry run on a random toy model; its
-figures mean nothing.
+(`--methods flexprefill hip`) run with their recipe, or with some of its values changed (`hip:mask_k=1024,sink=4`).
+`--tiny` is a dry run on a random toy model; its figures mean
+nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from attnpatch import breakeven
 from attnpatch.api import patched, resolve
@@ -73,15 +75,17 @@ class Method:
 
     name: str
     budget: float | None = None
+    changed: tuple[tuple[str, Any], ...] = ()  # values in place of the recipe's
 
     @property
     def label(self) -> str:
-        return self.name if self.budget is None else f"{self.name} {self.budget:.0%}"
+        changed = "".join(f" {key}={value}" for key, value in self.changed)
+        return self.name + changed if self.budget is None else f"{self.name} {self.budget:.0%}"
 
     def options(self, length: int) -> dict[str, Any]:
         """Hyperparameters for prompts of `length` tokens; the window takes at most half of the budget."""
         if self.budget is None:
-            return {} if self.name == "dense" else dict(load_recipe(self.name).hyperparameters)
+            return {} if self.name == "dense" else load_recipe(self.name).hyperparameters | dict(self.changed)
         values: dict[str, Any] = {"budget": self.budget}
         if self.name in WINDOWS:
             capacity = math.ceil(self.budget * length)
@@ -275,9 +279,15 @@ def task_list(args: argparse.Namespace) -> list[Task]:
 def method_list(args: argparse.Namespace) -> list[Method]:
     """Un-patched first, then what is asked: evicting methods at every budget, others once."""
     made, budgets = [Method("dense")], (0.10,) if args.tiny else BUDGETS
-    for name in args.methods or METHODS:
+    for text in args.methods or METHODS:
+        name, _, values = text.partition(":")
         evicts = "keep" in resolve(name)[0].hooks()
-        made += [Method(name, budget) for budget in budgets] if evicts else [Method(name)]
+        if evicts and values:
+            raise ConfigError(f"{text!r}: an evicting method runs at the budgets of the table; give its name alone.")
+        changed = tuple(
+            (key, yaml.safe_load(value)) for key, _, value in (x.partition("=") for x in values.split(",")) if key
+        )
+        made += [Method(name, budget) for budget in budgets] if evicts else [Method(name, None, changed)]
     return made
 
 

@@ -171,10 +171,8 @@ class _Listed(NamedTuple):
     """The n calibrated query heads of a layer, as indices on its device."""
 
     heads: Tensor  # [n]
-    groups: Tensor | None  # KV heads that hold one of them; None = all
-    members: Tensor | None  # the query heads of those
-    places: Tensor  # [n] where the calibrated ones are among `members`
-    kv_heads: Tensor  # [n]
+    kv_heads: Tensor  # [n] the KV head of each
+    few: bool  # at most half of the layer's
 
     @classmethod
     def of(cls, heads: list[int], q: Tensor, kv: KV) -> _Listed | None:
@@ -183,14 +181,8 @@ class _Listed(NamedTuple):
         if not heads:
             return None
         group = q.shape[1] // kv.k.shape[1]
-        groups = sorted({h // group for h in heads})
-        members = [g * group + i for g in groups for i in range(group)]
-        places = [members.index(h) for h in heads]
-        lists = [heads, groups, members, places, [h // group for h in heads]]
-        index: list[Any] = [torch.tensor(x).to(q.device, non_blocking=True) for x in lists]
-        if len(groups) == kv.k.shape[1]:
-            index[1] = index[2] = None
-        return cls(*index)
+        index = [torch.tensor(x).to(q.device, non_blocking=True) for x in (heads, [h // group for h in heads])]
+        return cls(*index, 2 * len(heads) <= q.shape[1])
 
 
 def _column_sums(q: Tensor, kv: KV, ctx: Ctx, listed: _Listed) -> Tensor:
@@ -198,14 +190,14 @@ def _column_sums(q: Tensor, kv: KV, ctx: Ctx, listed: _Listed) -> Tensor:
     from attnpatch.executors import column_sums
 
     lse = ctx.lse
-    if listed.groups is not None:  # heads that share keys go together
-        pos = kv.pos if kv.pos.shape[1] == 1 else kv.pos[:, listed.groups]
-        kv = replace(kv, k=kv.k[:, listed.groups], pos=pos)
-        q, lse = q[:, listed.members], None if lse is None else lse[:, listed.members]
+    if listed.few:  # each with a copy of its keys: cheap beside the sums of heads that nobody asked for
+        pos = kv.pos if kv.pos.shape[1] == 1 else kv.pos[:, listed.kv_heads]
+        kv = replace(kv, k=kv.k[:, listed.kv_heads], pos=pos)
+        q, lse = q[:, listed.heads], None if lse is None else lse[:, listed.heads]
     sums = column_sums.run(
         q, kv, q_pos=ctx.q_pos, scaling=ctx.scaling, softcap=ctx.softcap, lse=lse, newest=not ctx.ragged
     )
-    return sums[:, listed.places]
+    return sums if listed.few else sums[:, listed.heads]
 
 
 def _by_position(sums: Tensor, kv: KV, ctx: Ctx, listed: _Listed) -> Tensor:

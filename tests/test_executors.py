@@ -205,6 +205,7 @@ def cuda_call(**change):
     [
         ({"square": True}, True, "fa4"),
         ({"square": True}, False, "cudnn"),
+        ({"square": True, "long": False}, False, "flash"),
         ({"square": True, "want_lse": True}, False, "flash"),
         ({"square": True, "window": True}, True, "fa4"),
         ({"square": True, "window": True}, False, "sdpa"),

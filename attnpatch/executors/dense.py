@@ -27,6 +27,9 @@ from attnpatch.executors.column_sums import matmul, operand, rows_per_block
 
 SDPA_ROWS = 1024
 """Query rows (times heads per kv head) of one masked SDPA block."""
+CUDNN_PAIRS = 32 * 8192**2
+"""Causal square (batch * heads * T * T) from which cuDNN pays: below, planning (measured: 36 ms for each new length, on
+one H200) takes longer than 32 layers gain by it over flash."""
 TORCH_ROWS = 512
 """Most query rows of one eager block."""
 
@@ -50,6 +53,7 @@ class _Call(NamedTuple):
     want_lse: bool
     packed: bool = False  # padded, each row's tokens in front, the queries' own keys last
     wide: int = 0  # head dimension of the values; 0 = as the keys
+    long: bool = True  # pays for a plan by cuDNN
 
 
 def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> _Call:
@@ -69,6 +73,7 @@ def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) ->
         mask=ctx.mask is not None,
         want_lse=want_lse,
         packed=getattr(kv, "real", None) is not None,
+        long=q.shape[0] * q.shape[1] * rows * rows >= CUDNN_PAIRS,
     )
 
 
@@ -106,6 +111,8 @@ def _not_cudnn(c: _Call) -> str | None:
         return "only for a whole prompt (T == S > 1)"
     if c.softcap or c.window or c.want_lse:
         return "no soft-capping, window or log-sum-exp"
+    if not c.long:
+        return "plans anew for every length, which takes longer than it gains on a prompt this short"
     return None if torch.backends.cudnn.is_available() else "cuDNN is not available in this torch build"
 
 

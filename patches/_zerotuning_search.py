@@ -35,6 +35,10 @@ class ZeroTuningSearch(Search):
         "heads", "what is scaled alone: a head in all layers, a layer, or each head of each layer",
         choices=("heads", "layers", "pairs"),
     )  # fmt: skip
+    mode: str = option(
+        "weight", "what a factor multiplies: the weight, or the logit of the first token (an experiment)",
+        choices=("weight", "key_scale"),
+    )  # fmt: skip
     layers: Any = option(None, "layers that are scaled, e.g. '0-10,15'; null = all full-attention layers")
     measure: Any = option(None, "supervised: what counts, null = exact", choices=(None, "exact", "restricted"))
 
@@ -71,7 +75,7 @@ class ZeroTuningSearch(Search):
         base = trials.measure({}, self.inert())
 
         def gain(gamma: float, *chosen: Unit) -> float:
-            patch = ZeroTuning(gamma=self._table(trials, layers, chosen, gamma))
+            patch = ZeroTuning(self._table(trials, layers, chosen, gamma), mode=self.mode)
             return trials.gain(trials.measure({"gamma": gamma, self.units: chosen}, patch), base)
 
         gains = {unit: gain(self.probe, unit) for unit in units}
@@ -94,7 +98,7 @@ class ZeroTuningSearch(Search):
             "direction": way, self.units: named, "gamma": best, "up": len(classes["up"]), "down": len(classes["down"]),
             "curve": {str(x): round(curve[x], 6) for x in sorted(curve)},
         }  # fmt: skip
-        return Found(ZeroTuning(gamma=table), tensors, {}, summary, self._notes(kept, best))
+        return Found(ZeroTuning(table, mode=self.mode), tensors, {"mode": self.mode}, summary, self._notes(kept, best))
 
     def _notes(self, kept: list[Unit], best: float) -> list[str]:
         if not kept:

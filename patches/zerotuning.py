@@ -34,10 +34,17 @@ class ZeroTuning(Patch):
     layer, as released; a table gives every (patched layer, query head) its own factor. Where another method evicted
     the first token from a head, that head is left as it is. Methods that score keys (snapkv, h2o) score the attention
     before the change.
+
+    mode "key_scale" multiplies the first token's logit instead, as if its key were scaled: another method, since what
+    it does depends on the logit's sign and size. The paper names such a form for kernels that hide their weights.
     """
 
     gamma: Any = option(None, "factor on the first token's weight, above 0, or a table [layer][query head] of factors")
     heads: Any = option(None, "query heads that are scaled, in every layer; null = all")
+    mode: str = option(
+        "weight", "what gamma multiplies: the weight, or (key_scale, an experiment) the logit of the first token",
+        choices=("weight", "key_scale"),
+    )  # fmt: skip
     profile: Any = option(None, "folder with the factors that `attnpatch calibrate` found, in place of gamma")
 
     title = "ZeroTuning"
@@ -115,7 +122,7 @@ class ZeroTuning(Patch):
             return None
         first = torch.zeros(1, 1, 1, dtype=torch.int32, device=q.device)
         factor = torch.tensor(factors, dtype=torch.float32).to(q.device, non_blocking=True)
-        return ColumnReweight(first, factor[None, :, None])
+        return ColumnReweight(first, factor[None, :, None], "renorm" if self.mode == "weight" else "scale_logit")
 
     def _factors(self, heads: int, ctx: Ctx) -> list[float]:
         """The factor of each query head in this layer. ConfigError if the table or the heads do not fit the model."""

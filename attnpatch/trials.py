@@ -323,7 +323,10 @@ def encode(tokenizer: Any, samples: Sequence[Sample], chat: bool) -> list[Encode
         prompt = ids(text)
         if not prompt:
             raise InputError(f"{_of(s)} has no tokens in its prompt; give some text.")
-        after = {label: _after(ids(text + label), prompt, s, label) for label in {*s.labels, s.answer} if label}
+        whole = {label: ids(text + label) for label in {*s.labels, s.answer} if label}
+        cut = _seam(prompt, list(whole.values()), s)
+        after = {label: tokens[cut:] for label, tokens in whole.items()}
+        prompt = next(iter(whole.values()), prompt)[:cut]
         labels = [after[label][0] for label in s.labels]
         if len(set(labels)) < len(labels):
             raise InputError(
@@ -335,13 +338,17 @@ def encode(tokenizer: Any, samples: Sequence[Sample], chat: bool) -> list[Encode
     return made
 
 
-def _after(whole: list[int], prompt: list[int], sample: Sample, text: str) -> list[int]:
-    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+def _seam(prompt: list[int], whole: list[list[int]], sample: Sample) -> int:
+    """Where the prompt's tokens end: before its last one, or with it in another form, where it takes a blank along."""
+    alike = whole if len(whole) > 1 else [*whole, prompt]
+    cut = next((i for i, found in enumerate(zip(*alike, strict=False)) if len(set(found)) > 1), min(map(len, alike)))
+    cut = min(cut, len(prompt))
+    if cut < max(1, len(prompt) - 1) or any(len(tokens) <= cut for tokens in whole):
         raise InputError(
-            f"{_of(sample)}: the prompt's end and {text!r} share a token; end the prompt without a blank, and begin "
-            "the answer and the labels with one."
+            f"{_of(sample)}: its prompt is cut into other tokens when an answer follows; end the prompt without a "
+            "blank, and begin the answer and the labels with one."
         )
-    return whole[len(prompt) :]
+    return cut
 
 
 def _of(sample: Sample) -> str:

@@ -102,11 +102,19 @@ def test_tokens_of_answers_and_labels():
     assert made[1].answer == [] and made[1].labels == []
     for sample, message in (
         (Sample("w3", " w5 w6", (" w5 w7", " w5 w6"), 9), "line 9: two of its labels .* begin with the same token"),
-        (Sample("w3 w1", "5", line=9), "line 9: the prompt's end and '5' share a token"),
         (Sample(" "), "has no tokens"),
     ):
         with pytest.raises(InputError, match=message):
             encode(Words(), [sample], chat=False)
+    for sample, prompt, answer, labels in (  # a tokenizer that merges over the seam
+        (Sample("w3 w4 w1", "5"), [3, 4], [15], []),
+        (Sample("w3 w4 w1", "5", ("5", "6")), [3, 4], [15], [15, 16]),
+        (Sample("w3 w4 w1", "0 w5", ("0 w5", "0 w6")), [3, 4, 10], [5], [5, 6]),
+    ):
+        found = encode(Words(), [sample], chat=False)[0]
+        assert (found.prompt, found.answer, found.labels) == (prompt, answer, labels)
+    with pytest.raises(InputError, match="line 9: its prompt is cut into other tokens"):
+        encode(lambda text, **kwargs: {"input_ids": [len(text)] * 3}, [Sample("w3 w4", " w5", line=9)], chat=False)
     with pytest.raises(ConfigError, match="no chat template"):
         encode(Words(), [Sample("w3")], chat=True)
 

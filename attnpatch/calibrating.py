@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attnpatch import __version__
 from attnpatch.errors import ConfigError, InputError, PatchStateError
 from attnpatch.patch import build, get_patch, list_patches
 from attnpatch.samples import Sample, read_samples, split
@@ -119,7 +120,8 @@ def calibrate(
     parts = {name: encode(tokenizer, rows, chat) for name, rows in drawn.items()}
     metric = _metric(searcher, parts, search)
     about = {
-        "patch": patch, "search": search, "metric": metric, "samples": len(parts[SEARCH]), "held_out": held_out,
+        "attnpatch": __version__, "patch": patch, "search": search, "metric": metric,
+        "samples": len(parts[SEARCH]), "held_out": held_out,
         "drawn": sum(map(len, parts.values())), "seed": seed, "chat": chat, "model": structure(base.config),
         "dtype": str(base.dtype).removeprefix("torch."), "settings": asdict(searcher), **fingerprint(base, parts),
     }  # fmt: skip
@@ -137,6 +139,8 @@ def calibrate(
     result = {part: [{**asdict(c), "verdict": c.verdict} for c in cs] for part, cs in changes.items()}
     extra = {"hyperparameters": found.hyperparameters, "found": found.summary, "result": result}
     folder = Profile(patch, found.tensors, structure(base.config), {**about, **extra}).save(out)
+    if count is not None and count > len(given):
+        found.notes.append(f"{count} samples were asked for, {len(given)} are there")
     seconds = time.monotonic() - started
     return Calibration(
         patch, folder, search, metric, found.summary, changes[SEARCH], changes[HELD_OUT], len(log.done), log.resumed,

@@ -286,7 +286,7 @@ def feed(model: Any, rows: list[Encoded], pad: int) -> list[tuple[bool | None, b
     def logits(ids: Any, mask: Any) -> Any:
         pos = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = model(input_ids=ids, attention_mask=mask, position_ids=pos, logits_to_keep=1, **{name: cache})
-        return out.logits[:, -1].float()  # [B, V]
+        return out.logits[:, -1].float().to(device)  # [B, V]
 
     last = logits(ids, mask)
     entropy = torch.special.entr(last.softmax(-1)).sum(-1).tolist()
@@ -362,8 +362,9 @@ def fingerprint(model: Any, parts: dict[str, list[Encoded]]) -> dict[str, str]:
     weights = hashlib.sha256()
     for name, x in model.named_parameters():
         weights.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
-        if not x.is_meta:  # offloaded
-            some = x.detach().flatten()[:: max(1, x.numel() // 8)]
+        x = x.detach()
+        if not x.is_meta and type(x) is torch.Tensor:  # neither offloaded nor a quantised or sharded form
+            some = x.flatten()[:: max(1, x.numel() // 8)]
             weights.update(some.to("cpu", torch.float64).numpy().tobytes())
     data = hashlib.sha256(json.dumps({k: [asdict(r) for r in rows] for k, rows in parts.items()}).encode())
     return {"weights": weights.hexdigest()[:16], "data": data.hexdigest()[:16]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnpatch.errors import ConfigError, UnsupportedModeError
@@ -62,6 +63,7 @@ class ACT(Patch):
             raise ConfigError(f"{self.name}: beta={self.beta} must lie in 0..1; 1 changes nothing.")
         self._profiled: list[list[bool]] | None = None  # [layer of the model][query head], once `fits` has read it
         if self.profile is not None:
+            self.profile = str(self.profile) if isinstance(self.profile, PathLike) else self.profile
             if self.heads is not None:
                 raise ConfigError(f"{self.name}: the profile holds the heads; leave heads out, or the profile.")
             return

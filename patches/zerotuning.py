@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.errors import ConfigError
@@ -55,6 +56,7 @@ class ZeroTuning(Patch):
         super().__post_init__()
         self._profiled: list[list[float]] | None = None  # [layer of the model][query head], once `fits` has read it
         if self.profile is not None:
+            self.profile = str(self.profile) if isinstance(self.profile, PathLike) else self.profile
             if self.gamma is not None or self.heads is not None:
                 raise ConfigError(f"{self.name}: the profile holds gamma and heads; leave them out, or the profile.")
             return

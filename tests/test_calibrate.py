@@ -283,6 +283,7 @@ def test_supervised_from_end_to_end(tmp_path, patch):
     before = last_logits(model, torch.arange(2, 32).view(2, 15))
     settings = {"grid": "0.5,2"} if patch == "zerotuning" else {"skip_first": 0, "skip_last": 0}
     found = calibrate(model, Words(), patch, samples, tmp_path, held_out=0.25, seed=3, **settings)
+    assert not any("asked for" in note for note in found.notes)
     assert [c.metric for c in found.held_out] == ["exact", "restricted", "entropy"]
     assert {c.samples for c in found.searched} == {12} and {c.samples for c in found.held_out} == {4}
     assert found.metric == ("exact" if patch == "zerotuning" else "restricted")
@@ -316,7 +317,8 @@ def test_an_interrupted_calibration_goes_on(tmp_path):
     one, other = (Profile.load(tmp_path / x, "zerotuning") for x in "ab")
     assert torch.equal(one.tensors["gamma"], other.tensors["gamma"]) and one.about == other.about
     assert (tmp_path / "a/calibration.jsonl").read_text() == (tmp_path / "b/calibration.jsonl").read_text()
-    done = calibrate(model, Words(), "zerotuning", samples, tmp_path / "a", **call)
+    done = calibrate(model, Words(), "zerotuning", samples, tmp_path / "a", count=50, **call)
+    assert done.notes[-1] == "50 samples were asked for, 12 are there"
     assert done.resumed == done.trials and done.summary == again.summary
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from test_calibrate import Words, labelled
 from test_cli import folder, needs_weights, one_error, outcome  # noqa: F401  (folder is a fixture)
 
 import attnpatch
-from attnpatch.calibrating import calibrate
+from attnpatch.calibrating import calibrate, searcher_of
 from attnpatch.errors import ConfigError, InputError, PatchStateError
 from attnpatch.profile import Profile
 from attnpatch.samples import Sample, read_samples, split
@@ -117,6 +119,13 @@ def test_tokens_of_answers_and_labels():
         encode(lambda text, **kwargs: {"input_ids": [len(text)] * 3}, [Sample("w3 w4", " w5", line=9)], chat=False)
     with pytest.raises(ConfigError, match="no chat template"):
         encode(Words(), [Sample("w3")], chat=True)
+
+
+@pytest.mark.parametrize("patch", ["act", "zerotuning"])
+def test_every_setting_is_explained(patch):
+    text = (Path(__file__).parents[1] / "docs" / "calibrate.md").read_text(encoding="utf-8")
+    for f in fields(searcher_of(patch)):
+        assert f"`{f.name}`" in text and len(f.metadata["help"]) > 10, f.name
 
 
 BAD_CALLS = [

@@ -11,7 +11,7 @@ from typing import Any
 
 from attnpatch import __version__
 from attnpatch.errors import ConfigError, InputError, PatchStateError
-from attnpatch.patch import build, get_patch, list_patches
+from attnpatch.patch import Patch, build, get_patch, list_patches
 from attnpatch.samples import Sample, read_samples, split
 from attnpatch.trials import HELD_OUT, METRICS, SEARCH, Log, Measured, Search, Trials, encode, fingerprint
 
@@ -141,6 +141,7 @@ def calibrate(
     folder = Profile(patch, found.tensors, structure(base.config), {**about, **extra}).save(out)
     if count is not None and count > len(given):
         found.notes.append(f"{count} samples were asked for, {len(given)} are there")
+    found.notes += doubts(metric, changes[HELD_OUT], found.patch)
     seconds = time.monotonic() - started
     return Calibration(
         patch, folder, search, metric, found.summary, changes[SEARCH], changes[HELD_OUT], len(log.done), log.resumed,
@@ -167,6 +168,20 @@ def compare(before: Measured, after: Measured) -> tuple[Change, ...]:
             a, b = sum(old) / len(old), sum(new) / len(new)
             changes.append(Change(metric, len(old), a, b, b - a, low, high))
     return tuple(changes)
+
+
+def doubts(metric: str, held_out: Sequence[Change], patch: Patch) -> list[str]:
+    """What to be told before using the profile: a gain that does not hold, entropy that fell for nothing."""
+    if not patch.reweight_at:
+        return []  # it changes nothing, which the search has said
+    verdicts = {c.metric: c.verdict for c in held_out}
+    if verdicts[metric] != "better":
+        return [f"the gain does not hold on the samples held out ({metric}: {verdicts[metric]}); do not count on it"]
+    rights = {m: v for m, v in verdicts.items() if m != "entropy"}
+    if metric == "entropy" and rights and "better" not in rights.values():
+        listed = ", ".join(f"{m}: {v}" for m, v in rights.items())
+        return [f"the entropy fell, but not to more right answers on the samples held out ({listed})"]
+    return []
 
 
 def share_interval(new: Sequence[float], old: Sequence[float]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ _NAMES = {
     "patched": "attnpatch.api",
     "status": "attnpatch.report",
     "verify": "attnpatch.verifying",
+    "calibrate": "attnpatch.calibrating",
     "probe": "attnpatch.probing",
     "retrieve": "attnpatch.retrieving",
     "list_patches": "attnpatch.patch",
@@ -32,6 +33,7 @@ __all__ = ["__version__", *_NAMES]
 if TYPE_CHECKING:
     from attnpatch.api import patch_model, patched, unpatch_model
     from attnpatch.budget import Budget
+    from attnpatch.calibrating import calibrate
     from attnpatch.engine.cache import PatchCache
     from attnpatch.errors import AttnPatchError
     from attnpatch.patch import Patch, list_patches, register

@@ -65,13 +65,15 @@ class ColumnReweight:
     keys in proportion to their weights. Factors must lie in 0..1. Where the other keys hold less than 1e-3 (1/64 for
     bfloat16 output, 1/512 for float16) they get less, down to nothing, and the columns keep the rest: rounding would
     outweigh them otherwise. A row sums to one always.
+    "scale_logit": the logit of a column is multiplied by its factor, before a soft cap, as if its key were; the row is
+    renormalised. Factors must be above 0.
     Factor 1 changes nothing. A column after the query, or one that was evicted, is left out. No position is listed
     twice in a head, also not by two methods.
     """
 
     columns: torch.Tensor  # int32 [B|1, H, C] token positions, -1 = unused; H one of 1, Hkv, Hq
     factor: torch.Tensor  # fp32 [B|1, H', C], H' one of 1, Hkv, Hq
-    rule: str = "renorm"  # "renorm" | "give_back"
+    rule: str = "renorm"  # "renorm" | "give_back" | "scale_logit"
     rows: torch.Tensor | None = None  # bool [B, Hq, T] query rows that are changed; None = all
 
     def validate(self, batch: int, heads: int, kv_heads: int, rows: int) -> None:
@@ -82,11 +84,11 @@ class ColumnReweight:
                 raise InputError(f"ColumnReweight {name} of shape {tuple(x.shape)}; expected {wanted}.")
         if self.columns.shape[-1] != self.factor.shape[-1]:
             raise InputError(f"{self.columns.shape[-1]} columns, but {self.factor.shape[-1]} factors; give one each.")
-        if self.rule not in ("renorm", "give_back"):
-            raise InputError(f"rule {self.rule!r} is not allowed; choose one of 'renorm', 'give_back'.")
+        if self.rule not in ("renorm", "give_back", "scale_logit"):
+            raise InputError(f"rule {self.rule!r} is not allowed; choose one of 'renorm', 'give_back', 'scale_logit'.")
         low, high = self.factor.amin(), self.factor.amax()
-        if bool(low <= 0) if self.rule == "renorm" else bool((low < 0) | (high > 1)):
-            wanted = "above 0" if self.rule == "renorm" else "within 0..1"
+        if bool((low < 0) | (high > 1)) if self.rule == "give_back" else bool(low <= 0):
+            wanted = "within 0..1" if self.rule == "give_back" else "above 0"
             raise InputError(f"rule {self.rule!r} needs factors {wanted}; got {float(low)} to {float(high)}.")
         ordered = self.columns.sort(-1).values
         if bool(((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any()):

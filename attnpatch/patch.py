@@ -96,6 +96,11 @@ class Patch:
     def fits(self, config: Any) -> None:
         """Raise ConfigError unless calibrated values fit the model of this decoder config; called by patch_model."""
 
+    @classmethod
+    def searcher(cls) -> Any:
+        """The `attnpatch.trials.Search` that `attnpatch calibrate` runs for this method, or None; a class."""
+        return None
+
     @property
     def recompresses(self) -> bool:
         """Whether an already compressed cache is compressed again at a later turn."""

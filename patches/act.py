@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnpatch.errors import ConfigError, UnsupportedModeError
@@ -26,9 +27,10 @@ class ACT(Patch):
     but the first token keeps `beta` of its weight in every row; what is freed goes to the row's other keys in
     proportion to their weights, the first token among them. Keys, values and the cache stay as they are.
 
-    heads: found by a search with labelled samples (each head alone, kept if accuracy rises); there is no default, as
-    shrinking sinks helps in some heads and hurts in others. Layers count the patched ones from 0, heads are query
-    heads. "all" leaves out the first `skip_first` and last `skip_last` layers; a list is taken as it is.
+    heads: found by a search with labelled samples (each head alone, kept if accuracy rises), which `attnpatch
+    calibrate` runs and writes to a `profile`. There is no default: shrinking sinks helps in some heads and
+    hurts in others. Layers count the patched ones from 0, heads are query heads. "all" leaves out the first
+    `skip_first` and last `skip_last` layers; a list is taken as it is.
 
     Sinks are found at each prompt from that prompt's queries, and apply to all its rows. decode "frozen" keeps them
     while decoding; "running" counts every query since the start, decoded ones too, and finds them anew at each step
@@ -46,6 +48,9 @@ class ACT(Patch):
     skip_last: int = option(1, "heads='all': last layers that are left alone", low=0)
     decode: str = option("frozen", "which sinks apply while decoding", choices=("frozen", "running", "off"))
     max_sinks: int = option(64, "running: most sinks of a head while decoding, the strongest", low=1)
+    profile: Any = option(
+        None, "folder with the heads that `attnpatch calibrate` found, and the settings they were found with"
+    )
     strict: bool = option(False, "spare the first sink in order of position instead of the first token, as released")
 
     title = "ACT"
@@ -56,8 +61,17 @@ class ACT(Patch):
         super().__post_init__()
         if self.beta > 1:
             raise ConfigError(f"{self.name}: beta={self.beta} must lie in 0..1; 1 changes nothing.")
+        self._profiled: list[list[bool]] | None = None  # [layer of the model][query head], once `fits` has read it
+        if self.profile is not None:
+            self.profile = str(self.profile) if isinstance(self.profile, PathLike) else self.profile
+            if self.heads is not None:
+                raise ConfigError(f"{self.name}: the profile holds the heads; leave heads out, or the profile.")
+            return
         if self.heads is None:
-            raise ConfigError(f"{self.name} needs heads: which ones help depends on model and task; {_WANTED}.")
+            raise ConfigError(
+                f"{self.name} needs heads: which ones help depends on model and task; {_WANTED}, or a profile "
+                "(attnpatch calibrate)."
+            )
         if self.heads == "all":
             return
         rows = list(self.heads.values()) if isinstance(self.heads, dict) else self.heads
@@ -66,10 +80,25 @@ class ACT(Patch):
         if not good:
             raise ConfigError(f"{self.name}: heads={self.heads!r} does not fit; {_WANTED}.")
 
+    @classmethod
+    def searcher(cls) -> Any:
+        from attnpatch.patches._act_search import ACTSearch
+
+        return ACTSearch
+
+    def fits(self, config: Any) -> None:
+        if self.profile is not None:
+            from attnpatch.calibrated import load
+
+            self._profiled = load(self, config, "heads")
+
     @property
     def reweight_at(self) -> frozenset[str]:
         """Nowhere if nothing changes: the model then runs on the quick dense path."""
-        named = self.heads == "all" or any(self.heads.values() if isinstance(self.heads, dict) else self.heads)
+        if self.profile is not None:
+            named = self._profiled is None or any(map(any, self._profiled))
+        else:
+            named = self.heads == "all" or any(self.heads.values() if isinstance(self.heads, dict) else self.heads)
         if not named or self.beta == 1:
             return frozenset()
         return frozenset({"prefill"}) if self.decode == "off" else super().reweight_at
@@ -95,6 +124,10 @@ class ACT(Patch):
 
     def _heads(self, n_heads: int, ctx: Ctx) -> list[int]:
         """The calibrated query heads of this layer. ConfigError if the list does not fit the model."""
+        if self.profile is not None:
+            if self._profiled is None:
+                raise ConfigError(f"{self.name}: a profile is read by patch_model, which knows the model; call that.")
+            return [h for h, chosen in enumerate(self._profiled[ctx.index]) if chosen]
         if self.heads == "all":
             inside = self.skip_first <= ctx.layer < ctx.n_layers - self.skip_last
             return list(range(n_heads)) if inside else []

@@ -209,6 +209,34 @@ def test_act_variants_and_prompts_in_chunks():
         worst_of("llama", "act", [], chunks, None, ends, heads=ACT_HEADS)
 
 
+@pytest.mark.parametrize("pads", [None, (0, 11)], ids=["plain", "padded"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_zerotuning_key_scale_is_a_scaled_first_key(name, pads):
+    """Position 0 is not rotated, so scaling the projected key of the first token is the same, and needs no weights."""
+    feeds, scale, model = ids(2 if pads else 1, *FEEDS), 1.7, tiny(name)
+    stock, first = tiny(name), torch.tensor(pads or (0,))
+
+    def scaled(module, args, out):
+        if out.shape[1] > 10:  # the prompt
+            out[torch.arange(len(first)), first] *= scale
+        return out
+
+    for index in covered(name):
+        stock.get_decoder().layers[index].self_attn.k_proj.register_forward_hook(scaled)
+    reference = Edited(stock, [])
+    with attnpatch.patched(model, "zerotuning", gamma=scale, mode="key_scale"):
+        cache, fed = attnpatch.PatchCache(model), 0
+        whole = torch.ones(feeds[0].shape[0], sum(x.shape[1] for x in feeds)).long()
+        whole[-1, : int(first[-1])] = 0
+        for part in feeds:
+            fed += part.shape[1]
+            mask = whole[:, :fed]
+            pos = (mask.cumsum(-1) - 1).clamp(min=0)[:, -part.shape[1] :]
+            got = logits(model, part, attention_mask=mask, position_ids=pos, **{CACHE: cache})
+            real = mask[:, -part.shape[1] :].bool()
+            assert (got - reference.forward(part, mask))[real].abs().max() < ATOL
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_zerotuning_in_chunks(name):
     edits = [zero_edit(lambda layer: torch.full((4,), 0.4))]

@@ -75,7 +75,7 @@ def same(got, expected, ctx, atol, scale=1.0):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "half"])
-@pytest.mark.parametrize("rule", reweight.RULES)
+@pytest.mark.parametrize("rule", [*reweight.RULES, reweight.SCALE])
 @pytest.mark.parametrize("group", [4] if INTERPRETED else [1, 4, 8])
 @pytest.mark.parametrize(("rows", "slots"), [(1, 1), (2, 2), (1, 33), (33, 33), (7, 130)])
 @pytest.mark.parametrize("kind", ["aligned", "evicted"])
@@ -84,7 +84,7 @@ def test_executor_equals_naive(kind, rows, slots, group, rule, dtype, form):
         q, kv, ctx, columns = problem(rows, slots, group, kind, dtype, softcap, heads)
         g = torch.Generator().manual_seed(1)
         factor = torch.rand(2, 2 * group, 5, generator=g)
-        factor = 0.1 + 7.9 * factor if rule == "renorm" else factor
+        factor = factor if rule == "give_back" else 0.1 + 7.9 * factor
         chosen = torch.rand(2, q.shape[1], rows, generator=g) < 0.7 if some else None
         decision = ColumnReweight(columns, factor, rule, chosen)
         out, lse = attended(q, kv, ctx)
@@ -108,7 +108,7 @@ def test_blocks_of_rows_factor_one_and_rows_before_the_column(form, monkeypatch)
     q, kv, ctx, columns = problem(33, 33)
     out, lse = attended(q, kv, ctx)
     real = ctx.q_pos >= 0
-    for rule in reweight.RULES:
+    for rule in (*reweight.RULES, reweight.SCALE):
         same_again = run(form, out, lse, q, kv, ColumnReweight(columns, torch.ones(1, 1, 5), rule), ctx)[0]
         assert torch.equal(same_again[real], out[real]), "factor 1 gives the input back, bit for bit"
         late = ColumnReweight(torch.full((1, 1, 1), 9, dtype=torch.int32), torch.full((1, 1, 1), 0.5), rule)

@@ -101,7 +101,14 @@ def reweight(
     here = here & (_spread(kv.pos, batch, heads) >= 0)[:, :, None]  # [B, Hq, C, S]
     factor = torch.where(here, _spread(decision.factor, batch, heads)[..., None], 1.0).prod(2)[:, :, None]
     listed = here.any(2)[:, :, None]  # [B, Hq, 1, S]
-    if decision.rule == "renorm":
+    if decision.rule == "scale_logit":
+        raw = _logits(q, kv, ctx.scaling, None)
+        old, new = (
+            x if ctx.softcap is None else torch.tanh(x / ctx.softcap) * ctx.softcap for x in (raw, raw * factor)
+        )
+        new = torch.where(seen, probs.log() + new - old, -torch.inf)
+        new = torch.where(seen.any(-1, keepdim=True), new.softmax(-1), 0.0)
+    elif decision.rule == "renorm":
         new = probs * factor
         new = new / new.sum(-1, keepdim=True).clamp(min=1e-30)
     else:

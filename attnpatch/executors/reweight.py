@@ -18,6 +18,7 @@ Weights come from a log-sum-exp that another kernel summed in another order, so 
 1e-6 in fp32; and a row without any other key must come out unchanged.
 """
 RULES = ("renorm", "give_back")
+SCALE = "scale_logit"  # only the torch form knows it
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -69,9 +70,11 @@ def run(
     to the weights of all other keys; rounding of a half-precision `out` is scaled by c with it.
     Raises ConfigError for an unknown rule.
     """
-    if decision.rule not in RULES:
-        raise ConfigError(f"reweight rule {decision.rule!r} is not allowed; choose one of 'renorm', 'give_back'.")
-    if (_backend or choose(q, ctx)[0]) == "triton":
+    if decision.rule not in (*RULES, SCALE):
+        raise ConfigError(
+            f"reweight rule {decision.rule!r} is not allowed; choose one of 'renorm', 'give_back', {SCALE!r}."
+        )
+    if decision.rule != SCALE and (_backend or choose(q, ctx)[0]) == "triton":
         from attnpatch.executors._reweight_triton import launch
 
         pos, slot = _find(kv, decision.columns, q.shape[1])
@@ -106,15 +109,22 @@ def _parts(
     batch, heads, rows, dim = q.shape
     kept = columns.pos.shape[1]
     shape = (batch, kept, heads // kept, rows, -1)
-    logits = matmul(operand(q.reshape(batch, kept, -1, dim)), columns.keys).view(shape) * ctx.scaling
-    if ctx.softcap is not None:
-        logits = torch.tanh(logits / ctx.softcap) * ctx.softcap
+    raw = matmul(operand(q.reshape(batch, kept, -1, dim)), columns.keys).view(shape) * ctx.scaling
+    logits = _capped(raw, ctx.softcap)
     seen = _seen(columns, ctx, part, rows)  # [B, H', 1, r, C]
     if decision.rows is not None:
         seen = seen & decision.rows[:, :, part].reshape(shape)
     # also replaces the NaN of padding rows and empty slots
-    a = torch.where(seen, (logits - lse.to(logits.dtype).reshape(shape)).exp(), 0.0)
-    if decision.rule == "renorm":
+    norm = lse.to(logits.dtype).reshape(shape)
+    a = torch.where(seen, (logits - norm).exp(), 0.0)
+    if decision.rule == SCALE:
+        scaled = torch.where(seen, _capped(raw * columns.factor, ctx.softcap) - norm, float("-inf"))
+        high = (scaled.amax(-1, keepdim=True) - 30).clamp(min=0)  # a scaled logit may be beyond what exp can hold
+        numerator, one = (scaled - high).exp(), (-high).exp()
+        total = one + (numerator - one * a).sum(-1, keepdim=True)
+        rest = one / total
+        change = numerator / total - rest * a
+    elif decision.rule == "renorm":
         more = (columns.factor - 1) * a
         rest = 1 / (1 + more.sum(-1, keepdim=True))  # c: [B, H', G, r, 1]
         change = more * rest
@@ -125,6 +135,10 @@ def _parts(
         change = a - freed * left - rest * a
     extra = torch.matmul(change.flatten(2, 3), columns.values)  # [B, H', G*r, D]
     return rest.reshape(batch, heads, rows), extra.view(batch, heads, rows, -1)
+
+
+def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def _seen(columns: _Columns, ctx: Any, part: slice, rows: int) -> torch.Tensor:

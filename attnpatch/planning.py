@@ -24,7 +24,13 @@ LONGEST = 2**24
 """Most tokens that `longest_context` looks at."""
 CHUNKS = tuple(2**n for n in range(20, 8, -1))
 """Prefill chunks tried, in tokens, the largest first."""
-_SHAPE = {"hidden": 4096, "inner": 14336, "heads": 32, "dim": 128, "itemsize": 2}  # of what evidence measured
+_SHAPE: dict[str, Any] = {
+    "hidden": 4096,
+    "inner": 14336,
+    "heads": 32,
+    "dim": 128,
+    "itemsize": 2,
+}  # of what evidence measured
 
 
 @dataclass(frozen=True)
@@ -213,15 +219,17 @@ def need(patches: tuple[Patch, ...], held: float, ask: Ask, facts: Facts, chunk:
     """
     n, step = ask.context, ask.context if chunk is None else min(chunk, ask.context)
     row = ask.batch * facts.entry
-    sliding = row * sum(min(n, window) for window in facts.window)
+    # a sliding layer's keys are a view of the whole forward's until the next one joins
+    sliding = row * sum(min(n, window + step) for window in facts.window)
     stays = held if chunk is None or per_chunk else n
     # the layer at work: its whole prompt beside what it keeps, or old and new keys while they are joined
     layer = n if chunk is None and held < n else 0 if chunk is None else stays + step
     activations, basis = working(patches, facts, step, ask.batch)
-    mask = 0 if chunk is None else ask.batch * step * (int(stays) + step)
+    mask = 0 if chunk is None or patches else ask.batch * step * n  # stock SDPA's, bool
     grows = 0 if any("step" in p.evict_at for p in patches) else ask.new_tokens
     attention = row * (facts.full * stays + layer)
-    decode = row * (facts.full * (held + grows) + held + grows) + sliding
+    ends = sum(min(n + ask.new_tokens, window) for window in facts.window)
+    decode = row * ((facts.full + 1) * (held + grows) + ends)  # one layer twice: old keys, and joined with the new
     # a gathered layer's whole prompt is gone before its MLP, the peak of activations
     in_attention = attention + (
         _attention_token(patches, facts, step) * step * ask.batch if chunk is None else activations

@@ -152,7 +152,7 @@ def attempt(run: Callable[[], Run]) -> tuple[Run | None, dict[str, str]]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        failed = {"failed": "out of memory", "reason": str(error).splitlines()[0][:300] if str(error) else ""}
+        failed = {"failed": "out of memory", "reason": (str(error) or type(error).__name__).splitlines()[0][:300]}
     gc.collect()  # the frames of the error held tensors
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

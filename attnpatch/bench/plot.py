@@ -14,6 +14,7 @@ PANELS = (
     ("peak memory over before (MiB)", "peak_bytes_over_before", 2**20),
     ("KV allocated (MiB)", "allocated", 2**20),
 )
+STYLES = ("-", "--", ":", "-.")  # by batch; methods differ in colour
 
 
 def check(path: Path) -> None:
@@ -33,16 +34,18 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     lines = dict.fromkeys((row["label"], row["batch"]) for row in rows)
-    batches = {batch for _, batch in lines}
+    labels = list(dict.fromkeys(label for label, _ in lines))
+    batches = list(dict.fromkeys(batch for _, batch in lines))
     for axis, (name, key, unit) in zip(axes.flat, PANELS, strict=True):
         for label, batch in lines:
             points = [p for row in rows if (row["label"], row["batch"]) == (label, batch) for p in _point(row, key)]
             if points:
-                x, y, low, high = zip(*points, strict=True)
-                y, low, high = ([v / unit for v in values] for values in (y, low, high))
+                x = [p[0] for p in points]
+                y, low, high = ([p[i] / unit for p in points] for i in (1, 2, 3))
                 gap = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
                 text = label if len(batches) == 1 else f"{label}, batch {batch}"
-                axis.errorbar(x, y, yerr=gap, marker="o", capsize=3, label=text)
+                look = f"C{labels.index(label)}", STYLES[batches.index(batch) % len(STYLES)]
+                axis.errorbar(x, y, yerr=gap, marker="o", capsize=3, label=text, color=look[0], linestyle=look[1])
         axis.set(xlabel="prompt tokens", title=name)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)

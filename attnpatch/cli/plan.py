@@ -153,7 +153,7 @@ def print_plan(name: str, ask: Ask, facts: Facts, rows: list[Row]) -> None:
     for row in rows:
         table.add_row(*(Text(x) for x in cells(row, ask)))
     console.print(table)
-    console.print(Text("\n".join(explanations(rows))))
+    console.print(Text("\n".join(explanations(rows, facts))))
 
 
 def dense_kv(ask: Ask, facts: Facts) -> int:
@@ -166,6 +166,8 @@ def cells(row: Row, ask: Ask) -> list[str]:
     """The texts of one line of the table."""
     if row.fits is None:
         return [row.method, "?", "-", "-", "-", "-", "-", "-"]
+    from attnpatch.planning import LONGEST
+
     size = c.human_bytes
     needs = "".join(f", {key}={str(value).lower()}" for key, value in row.needs.items())
     short = f"no: {size(row.total - ask.memory)} short"
@@ -173,13 +175,15 @@ def cells(row: Row, ask: Ask) -> list[str]:
     if row.largest_budget == 0:
         budget = "none"
     longest = "none" if not row.longest_context else str(row.longest_context)
+    if row.longest_context == LONGEST:
+        longest += " or more"
     return [
         row.method, "yes" if row.fits else short, f"{row.prefill}{needs}" if row.fits else "-",
         size(row.kv), size(row.activations), size(row.total), budget, longest,
     ]  # fmt: skip
 
 
-def explanations(rows: list[Row]) -> list[str]:
+def explanations(rows: list[Row], facts: Facts) -> list[str]:
     """Where the figures come from, each said once with the methods it holds for."""
     found: dict[str, list[str]] = {}
     for row in rows:
@@ -190,5 +194,9 @@ def explanations(rows: list[Row]) -> list[str]:
             found.setdefault(f"first token {ratio}x stock, {how} ({where})", []).append(row.method)
         for note in row.notes:
             found.setdefault(note, []).append(row.method)
-    lines = ["weights, KV: computed from the config. reserve: assumed. longest context, largest budget: by these rules"]
+    lines = [
+        "weights, KV: computed from the config. reserve: assumed. KV, activations: at the peak of memory",
+        "largest budget, longest context: by memory alone, from the same figures"
+        + (f"; the config names {facts.positions} trained positions" if facts.positions else ""),
+    ]
     return lines + [f"{', '.join(methods)}: {text}" for text, methods in found.items()]

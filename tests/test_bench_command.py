@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_cli import one_error, outcome
 
 from attnpatch.api import resolve
 from attnpatch.bench import grid as g
+from attnpatch.bench import measure
 from attnpatch.bench.ledger import Peak
 from attnpatch.bench.shapes import random_model
 from attnpatch.cli.bench import chosen_variants
@@ -104,6 +106,17 @@ def test_peak_memory_on_a_cpu_is_the_resident_peak():
     if peak.bytes is None:
         pytest.skip("this system does not let the peak be reset")
     assert 63 * 2**20 < peak.over_before < peak.bytes
+
+
+def test_the_commit_is_not_that_of_a_checkout_that_holds_an_installed_copy(tmp_path):
+    file = tmp_path / "measure.py"
+    file.write_text("")
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    named = ["-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run(["git", "-C", tmp_path, *named, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    assert measure._commit(file) == "unknown"
+    subprocess.run(["git", "-C", tmp_path, "add", "measure.py"], check=True)
+    assert len(measure._commit(file)) == 40
 
 
 # ---- what fails --------------------------------------------------------------------------------------------------

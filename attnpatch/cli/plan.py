@@ -196,7 +196,7 @@ def explanations(rows: list[Row], facts: Facts) -> list[str]:
             found.setdefault(note, []).append(row.method)
     lines = [
         "weights, KV: computed from the config. reserve: assumed. KV, activations: at the peak of memory",
-        "largest budget, longest context: by memory alone, from the same figures"
+        "largest budget, longest context: by memory alone, in chunks where the whole prompt does not fit"
         + (f"; the config names {facts.positions} trained positions" if facts.positions else ""),
     ]
     return lines + [f"{', '.join(methods)}: {text}" for text, methods in found.items()]

@@ -186,10 +186,15 @@ def working(patches: tuple[Patch, ...], facts: Facts, tokens: int, batch: int) -
 
 
 def _attention_token(patches: tuple[Patch, ...], facts: Facts, tokens: int) -> float:
-    """Bytes a token while a layer attends: residual, its norm, queries before and after rotation, the workspace."""
-    wide = facts.itemsize * facts.heads * facts.dim
-    space = max((_workspace(p.name, facts, tokens) for p in patches), default=wide)
-    return 2 * facts.itemsize * facts.hidden + 2 * wide + space
+    """Bytes a token at the peak inside a layer's attention, KV that the cache holds apart.
+
+    The residual, its norm, q, k and v are live; beside them either rotation works (three more of q, or the rotated q
+    and three more of k) or attention does (the rotated q and the workspace).
+    """
+    q = facts.itemsize * facts.heads * facts.dim
+    k = facts.entry / 2
+    space = max((_workspace(p.name, facts, tokens) for p in patches), default=q)
+    return 2 * facts.itemsize * facts.hidden + q + 2 * k + max(3 * q, q + 3 * k, q + space)
 
 
 def _workspace(name: str, facts: Facts, tokens: int) -> float:

@@ -162,6 +162,33 @@ def test_totals_are_the_measured_peaks(llama, name, length, peak):
 
 
 @pytest.mark.parametrize(
+    ("hidden", "inner", "heads"),
+    [(128, 384, (4, 1)), (96, 128, (6, 6)), (64, 64, (8, 2))],
+    ids=["mlp", "mha", "narrow"],
+)
+def test_other_shapes_are_planned_at_what_lives_at_the_peak(hidden, inner, heads):
+    """The bytes of all live tensors, as torch's allocator tells them, in a whole dense prefill."""
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=heads[0],
+        num_key_value_heads=heads[1], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config).eval(), torch.ones(1, 1024, dtype=torch.long)
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        model(ids, logits_to_keep=1)
+    live = peak = 0
+    for event in trace.profiler.kineto_results.events():
+        live += event.nbytes() if event.name() == "[memory]" else 0
+        peak = max(peak, live)
+    facts = planning.facts_of(config, torch.float32)
+    row = planning.plan("dense", (), planning.Ask(1024, 10**12, 1, 1), facts)
+    planned = row.total - facts.weights - 2**30
+    assert 0.98 * peak < planned < 1.15 * peak
+
+
+@pytest.mark.parametrize(
     ("length", "how"), [(32768, "measured"), (65536, "interpolated"), (4096, "extrapolated"), (2**20, "extrapolated")]
 )
 def test_the_basis_says_how_a_figure_was_found(llama, length, how):

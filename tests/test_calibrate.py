@@ -318,7 +318,7 @@ def test_an_interrupted_calibration_goes_on(tmp_path):
     assert torch.equal(one.tensors["gamma"], other.tensors["gamma"]) and one.about == other.about
     assert (tmp_path / "a/calibration.jsonl").read_text() == (tmp_path / "b/calibration.jsonl").read_text()
     done = calibrate(model, Words(), "zerotuning", samples, tmp_path / "a", count=50, **call)
-    assert done.notes[-1] == "50 samples were asked for, 12 are there"
+    assert "50 samples were asked for, 12 are there" in done.notes
     assert done.resumed == done.trials and done.summary == again.summary
 
 

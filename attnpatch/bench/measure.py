@@ -59,15 +59,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """Versions, commit (asked of git unless given) and device of a run."""
-    try:
-        commit = (
-            commit
-            or subprocess.run(
-                ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        )
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+    commit = commit or _commit(Path(__file__))
     versions: dict[str, Any] = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
     for name in ("attnpatch", "torch", "transformers", "triton", "flash-attn-4"):
         try:
@@ -79,6 +71,16 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     backends = [{"name": n, "usable": usable, "reason": why} for n, usable, why in dense.backends()]
     return {"versions": versions, "commit": commit, "device": f"one {name}", "dense_backends": backends}
+
+
+def _commit(file: Path) -> str:
+    """HEAD of the checkout that tracks `file`; "unknown" where it is installed (into somebody else's, say)."""
+    try:
+        for command in (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"]):
+            done = subprocess.run(["git", *command], cwd=file.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def interleave(

@@ -26,6 +26,27 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Llama 3.1 8B, Llama 3.2 1B, and a toy for dry runs."""
 
 
+def shape_config(shape: str, layers: int | None = None, structured: bool = False) -> Any:
+    """The LlamaConfig of `shape`; arguments and errors as of `random_model`."""
+    from transformers import LlamaConfig
+
+    if shape not in SHAPES:
+        raise ConfigError(f"unknown shape {shape!r}; allowed: {', '.join(SHAPES)}.")
+    if layers is not None and layers < 1:
+        raise ConfigError(f"layers={layers} must be at least 1, or None for the shape's own.")
+    values = {**SHAPES[shape], **({} if layers is None else {"num_hidden_layers": layers})}
+    return LlamaConfig(
+        **values,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        attention_bias=structured,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
 def random_model(
     shape: str = "llama-8b",
     *,
@@ -40,23 +61,9 @@ def random_model(
     plus one vector that all heads of a layer share, so that a method that looks for a pattern finds one. Raises
     ConfigError for an unknown shape.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    if shape not in SHAPES:
-        raise ConfigError(f"unknown shape {shape!r}; allowed: {', '.join(SHAPES)}.")
-    if layers is not None and layers < 1:
-        raise ConfigError(f"layers={layers} must be at least 1, or None for the shape's own.")
-    values = {**SHAPES[shape], **({} if layers is None else {"num_hidden_layers": layers})}
-    config = LlamaConfig(
-        **values,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        attention_bias=structured,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = shape_config(shape, layers, structured)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

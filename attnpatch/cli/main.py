@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from attnpatch import __version__
-from attnpatch.cli import ask, calibrate, compare, demo, doctor, explain, generate, listing, recipe, verify
+from attnpatch.cli import ask, bench, calibrate, compare, demo, doctor, explain, generate, listing, plan, recipe, verify
 from attnpatch.errors import AttnPatchError
 
 app = typer.Typer(
@@ -43,7 +43,9 @@ app.command("explain")(explain.explain)
 app.command("generate")(generate.generate)
 app.command("ask")(ask.ask)
 app.command("calibrate")(calibrate.calibrate)
+app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
+app.command("plan")(plan.plan)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipe.app, name="recipe")

@@ -62,7 +62,7 @@ def inspect_model(model: Any) -> tuple[Any, tuple[LayerFact, ...]]:
             f"{name} does not fit: it lacks {', '.join(dict.fromkeys(missing))}. Decoder-only models "
             "built like Llama, Qwen2, Qwen3, Mistral, Gemma2 or Gemma3 do; load one of those."
         )
-    facts = _layer_facts(decoder)
+    facts = layer_facts(decoder.config)
     if bare := [f.index for f in facts if f.kind == "full" and not hasattr(decoder.layers[f.index], "self_attn")]:
         raise UnsupportedModelError(
             f"{name} does not fit: layer {bare[0]} has no `self_attn`. Decoder-only models "
@@ -71,13 +71,14 @@ def inspect_model(model: Any) -> tuple[Any, tuple[LayerFact, ...]]:
     return decoder, facts
 
 
-def _layer_facts(decoder: Any) -> tuple[LayerFact, ...]:
+def layer_facts(config: Any) -> tuple[LayerFact, ...]:
+    """Facts of each layer of a decoder config, without a model."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     facts = []
     layer: Any
-    for index, layer in enumerate(DynamicCache(config=decoder.config).layers):
+    for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) is DynamicLayer:
             facts.append(LayerFact(index, "full"))
         elif getattr(layer, "is_sliding", False):

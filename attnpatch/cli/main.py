@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from attnpatch import __version__
-from attnpatch.cli import ask, compare, demo, doctor, explain, generate, listing, recipe, verify
+from attnpatch.cli import ask, compare, demo, doctor, explain, generate, listing, profile, recipe, verify
 from attnpatch.errors import AttnPatchError
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ app.command("ask")(ask.ask)
 app.command("compare")(compare.compare)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
+app.command("profile")(profile.profile)
 app.add_typer(recipe.app, name="recipe")
 
 

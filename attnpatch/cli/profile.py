@@ -93,7 +93,7 @@ def _measure(what: str, model: Any, tokenizer: Any, options: dict[str, Any]) -> 
 
 
 def _draw(found: Any, path: Path) -> None:
-    from attnpatch.profiling.ranking import figures
+    from attnpatch.profiling.reading import figures
 
     label = f"{_LABELS[found.kind]} (blank: not measured)"
     pictures.heat_map(path, figures(found).tolist(), f"{found.kind} of {_name(found)}", label, top=None)
@@ -105,7 +105,7 @@ def _name(found: Any) -> str:
 
 def _show(found: Any, out: Path, picture: Path | None, as_json: bool) -> None:
     """The best heads, and what is said of all of them."""
-    from attnpatch.profiling.ranking import MAIN, figures, ranking
+    from attnpatch.profiling.reading import MAIN, figures, ranking
 
     score = figures(found)
     best = [(layer, head, float(score[layer, head])) for layer, head in ranking(found)[:TOP]]

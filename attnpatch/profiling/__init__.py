@@ -19,8 +19,8 @@ _NAMES = {
     "minference": "attnpatch.profiling.prompt_patterns",
     "Trial": "attnpatch.profiling.trials",
     "needle_trials": "attnpatch.profiling.trials",
-    "ranking": "attnpatch.profiling.ranking",
-    "merged": "attnpatch.profiling.ranking",
+    "ranking": "attnpatch.profiling.reading",
+    "merged": "attnpatch.profiling.reading",
     "masked": "attnpatch.engine.masking",
 }
 KINDS = ("sinks", "retrieval-heads", "semantic-heads", "echo-heads", "minference")
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from attnpatch.profiling.attention_sinks import sinks
     from attnpatch.profiling.decoding_heads import retrieval_heads, semantic_heads
     from attnpatch.profiling.prompt_patterns import minference
-    from attnpatch.profiling.ranking import merged, ranking
+    from attnpatch.profiling.reading import merged, ranking
     from attnpatch.profiling.repeated_tokens import echo_heads, retrieval_set
     from attnpatch.profiling.trials import Trial, needle_trials
 

@@ -62,10 +62,12 @@ def retrieval_heads(
     """Profile "retrieval-heads": how much of the needle each query head copies while the model answers.
 
     A head copies at a step if the largest weight of its row lies on the answer in the prompt and that token is the one
-    the step produces. Score of a trial = distinct answer tokens copied / answer tokens (count="events": every time counts,
-    as released). Trials with a wrong answer (ROUGE-1 recall of 0.5 or less) contribute nothing. Tensors: `score`
-    (mean over kept trials) and `frequency` (share of kept trials above 0), fp32 [L, Hq]; `kv_score` fp32 [L, Hkv], the
-    largest of each group; `trials` fp32 [L, Hq, kept]. A retrieval head scores 0.1 or more. Sliding-window layers: NaN.
+    the step produces. Score of a trial = distinct answer tokens copied / answer tokens (count="events": every time
+    counts, as released). Trials with a wrong answer (ROUGE-1 recall of 0.5 or less) contribute nothing.
+
+    Tensors: `score` (mean over kept trials) and `frequency` (share of kept trials above 0), fp32 [L, Hq]; `kv_score`
+    fp32 [L, Hkv], the largest of each group; `trials` fp32 [L, Hq, kept]. A retrieval head scores 0.1 or more.
+    Sliding-window layers: NaN.
 
     trials: how many (`needle_trials`), or the trials. steps: most tokens decoded; an answer ends at a line break.
     batch: prompts at once, padded. Raises InputError where fewer than 10 trials (or all, if fewer) are kept.
@@ -85,8 +87,9 @@ def semantic_heads(
     """Profile "semantic-heads" (CompressKV, part A): attention mass on the needle's sentence while it is copied.
 
     Score of a trial = sum, over steps whose token is among the sentence's, of the row's mass on the whole sentence
-    (once a step, as in the paper). Tensors: `score` fp32 [L, Hq], mean over kept trials; `order` int64 [L, Hq], each
-    layer's heads by descending score, ties to the lower head; `kv_score`, `trials` and all arguments as in `retrieval_heads`.
+    (once a step, as in the paper). Tensors: `score` fp32 [L, Hq], mean over kept trials; `order` int64 [L, Hq], the
+    heads of each layer by descending score, ties to the lower head; `kv_score`, `trials` and all arguments as in
+    `retrieval_heads`.
     Sliding-window layers: NaN, and -1 in `order`.
     """
     return _profile(

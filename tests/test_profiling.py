@@ -12,7 +12,7 @@ from profiles import NAMES, characters, eager, full_layers, random_ids, uniform
 from attnpatch import profiling
 from attnpatch.errors import ConfigError, InputError, UnsupportedModelError
 from attnpatch.profile import Profile
-from attnpatch.profiling import decoding_heads
+from attnpatch.profiling import decoding_heads, prompt_patterns
 from attnpatch.profiling.trials import Trial
 
 
@@ -154,6 +154,7 @@ def test_scores_equal_an_eager_greedy_loop(name, batch, any_answer_counts):
         each = torch.stack([expected_score(*run, kind) for run in runs], -1)
         close(found.tensors["trials"][rows], each[rows])
         close(found.tensors["score"][rows], each.mean(-1)[rows])
+        assert each[rows].sum() > 0
         close(found.tensors["kv_score"][rows], each.mean(-1)[rows].unflatten(1, (2, 2)).amax(-1))
         if kind == "retrieval":
             close(found.tensors["frequency"][rows], (each > 0).double().mean(-1)[rows])
@@ -264,6 +265,14 @@ def test_minference_takes_the_candidate_that_keeps_most(name):
     check(found, model, name)
 
 
+def test_default_candidates_shrink_with_the_prompt():
+    found = profiling.minference(tiny("llama"), characters(), tokens=300)
+    assert found.about["candidates"] == [
+        ["a_shape", 1, 8], *(["vertical_slash", columns, 100] for columns in (30, 30, 30, 35)),
+    ]  # fmt: skip
+    assert found.about["tokens"] == 300 and prompt_patterns._shrunk(40_000) == list(prompt_patterns.CANDIDATES)
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------------
 REFUSED = {
     "epsilon": (lambda m, t: profiling.sinks(m, t, epsilon=1), ConfigError, "epsilon=1 is out of range"),
@@ -282,10 +291,10 @@ REFUSED = {
     "block": (lambda m, t: profiling.echo_heads(m, t, block=1), ConfigError, "at least 2 tokens and 2 repeats"),
     "vocabulary": (lambda m, t: profiling.echo_heads(m), ConfigError, "needs a tokenizer, whose vocabulary"),
     "candidate": (
-        lambda m, t: profiling.minference(m, t, candidates=[("block", 1, 2)]),
+        lambda m, t: profiling.minference(m, t, tokens=200, candidates=[("x", 1, 2)]),
         ConfigError, "does not fit; give \\(pattern",
     ),
-    "no candidate": (lambda m, t: profiling.minference(m, t, candidates=[]), ConfigError, "candidates is empty"),
+    "no candidate": (lambda m, t: profiling.minference(m, t, tokens=200, candidates=[]), ConfigError, "candidates is"),
     "skip": (lambda m, t: profiling.minference(m, t, tokens=100, skip=50), ConfigError, "skip=50 leaves no block"),
     "trial": (lambda m, t: Trial((1, 2, 3), (0, 1), (1, 2), "x"), InputError, "the answer lies in the sentence"),
 }  # fmt: skip

@@ -298,13 +298,11 @@ def test_command_errors_are_one_line(folder, tmp_path, capsys):
 # ---- the embedded model ------------------------------------------------------------------------------------------
 def right(model, cases):
     """Share of cases whose answer is the arg max at each of its positions, which greedy decoding then gives."""
-    good = 0
-    for case in cases:
-        ids = torch.tensor([case.prompt_ids + case.answer_ids[:-1]])
-        with torch.inference_mode():
-            made = model(input_ids=ids, logits_to_keep=len(case.answer_ids)).logits[0].argmax(-1)
-        good += made.tolist() == case.answer_ids
-    return good / len(cases)
+    ids = torch.tensor([case.prompt_ids + case.answer_ids[:-1] for case in cases])
+    answers = torch.tensor([case.answer_ids for case in cases])
+    with torch.inference_mode():
+        made = model(input_ids=ids, logits_to_keep=answers.shape[1]).logits.argmax(-1)
+    return float((made == answers).all(-1).float().mean())
 
 
 @needs_weights
@@ -314,7 +312,7 @@ def test_retrieval_heads_of_the_embedded_model_matter():
     from attnpatch.testbed import tasks
 
     model, tokenizer = testbed.load()
-    profile = profiling.retrieval_heads(model, tokenizer, trials=10, tokens=640, batch=5, steps=8)
+    profile = profiling.retrieval_heads(model, tokenizer, trials=10, tokens=640, steps=8)
     assert profile.about["kept"] == 10 and profile.about["wording"] == "testbed"
     order = profiling.ranking(profile)
     cases = [tasks.make("needle", 384, keys=4, seed=900 + i, tokenizer=tokenizer) for i in range(8)]

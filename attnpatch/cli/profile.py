@@ -14,7 +14,7 @@ from attnpatch.profiling import KINDS
 
 TOP = 10  # heads shown
 REPEATS = 4  # of echo-heads' block
-EMBEDDED = {"retrieval-heads": 2048, "semantic-heads": 2048, "echo-heads": 2048, "minference": 16384}
+EMBEDDED = {"retrieval-heads": 2048, "semantic-heads": 2048, "echo-heads": 2048, "minference": 4096}
 """Default tokens for the embedded model, so that a CPU is done in minutes."""
 _LABELS = {
     "sinks": "mean weight of the first token",

@@ -30,6 +30,7 @@ CANDIDATES = (
     ("vertical_slash", 3500, 100),
 )
 """(pattern, a, b): the reference's first search without block_sparse, which no shipped configuration uses."""
+LENGTH = 30_000  # tokens they are made for
 PATTERNS = ("vertical_slash", "a_shape")
 _TIE = 1e-6
 
@@ -70,7 +71,7 @@ class Coverage(shared.Observer):
 
 def minference(
     model: Any, tokenizer: Any = None, *, tokens: int = 30_000, trials: int = 1, text: str | None = None,
-    seed: int = 0, skip: int | None = None, candidates: Sequence[tuple[str, int, int]] = CANDIDATES,
+    seed: int = 0, skip: int | None = None, candidates: Sequence[tuple[str, int, int]] | None = None,
     ids: Tensor | None = None,
 ) -> Profile:  # fmt: skip
     """Profile "minference": the candidate that retains most attention mass of each query head, on one long prompt.
@@ -80,15 +81,13 @@ def minference(
     2500, at most half the prompt). Ties (1e-6) go to the candidate named first. Unlike the released search, a_shape is
     not replaced when it wins. Tensors: `sizes` int64 [L, Hq, 2], `pattern` int64 [L, Hq] (0 vertical_slash, 1 a_shape),
     `mass` fp32 [L, Hq]. Sliding-window layers: 0, -1, NaN. Use: patch_model(model, "minference", profile=FOLDER).
-    The candidates are meant for prompts of about 30,000 tokens: one that covers a short prompt wins by its size alone.
+    candidates: default `CANDIDATES`, made for 30,000 tokens; their sizes shrink in proportion for a shorter prompt, in
+    which the largest would win by its size alone. Sizes are used as found, whatever the length of a later prompt.
 
     ids: int [B, T] prompts to use; else `trials` prompts of `tokens` tokens, passages of `text` or key-value look-ups.
     Raises ConfigError, InputError, UnsupportedModelError (soft-capped attention, which minference leaves dense).
     """
     shared.check_counts(tokens=tokens, trials=trials)
-    candidates = [_candidate(c) for c in candidates]
-    if not candidates:
-        raise ConfigError(f"candidates is empty; give (pattern, a, b), e.g. {CANDIDATES[0]}.")
     if ids is None:
         if tokenizer is None:
             raise InputError("minference needs a tokenizer to make its prompt, or ids=[B, T]; pass one of them.")
@@ -100,24 +99,39 @@ def minference(
     if not 0 <= skip < length - 64:
         skip_most = max(0, length - 65)
         raise ConfigError(f"skip={skip} leaves no block of 64 rows of {length} tokens; give 0..{skip_most}.")
-    observer = Coverage(candidates=candidates, skip=skip)
+    chosen = [_candidate(c) for c in (_shrunk(length) if candidates is None else candidates)]
+    if not chosen:
+        raise ConfigError(f"candidates is empty; give (pattern, a, b), e.g. {CANDIDATES[0]}.")
+    observer = Coverage(candidates=chosen, skip=skip)
     total: Any = 0.0
     with shared.observed(model, observer) as subject:
         for row in ids.split(1):
             shared.run_prompt(subject, row)
             total = total + subject.stacked(observer)[:, 0] / ids.shape[0]  # [L', Hq, candidates]
     best = (total >= total.amax(-1, keepdim=True) - _TIE).to(torch.uint8).argmax(-1)
-    kinds = torch.tensor([PATTERNS.index(name) for name, _, _ in candidates])
-    sizes = torch.tensor([[a, b] for _, a, b in candidates])
+    kinds = torch.tensor([PATTERNS.index(name) for name, _, _ in chosen])
+    sizes = torch.tensor([[a, b] for _, a, b in chosen])
     tensors = {
         "sizes": subject.full(sizes[best], 0),
         "pattern": subject.full(kinds[best], -1),
         "mass": subject.full(total.gather(-1, best[..., None])[..., 0]),
     }
     return shared.made(
-        "minference", subject, tensors, patterns=list(PATTERNS), candidates=[list(c) for c in candidates], skip=skip,
+        "minference", subject, tensors, patterns=list(PATTERNS), candidates=[list(c) for c in chosen], skip=skip,
         tokens=length, prompts=ids.shape[0], seed=seed,
     )  # fmt: skip
+
+
+def _shrunk(length: int) -> list[tuple[str, int, int]]:
+    """The default candidates for a prompt of `length` tokens; a vertical_slash reads 30 columns and 100 distances."""
+    from attnpatch.patches.minference import FIRST, NEAR
+
+    share = min(1.0, length / LENGTH)
+    found = []
+    for name, a, b in CANDIDATES:
+        a, b = max(1, round(a * share)), max(1, round(b * share))
+        found.append((name, a, b) if name == "a_shape" else (name, max(FIRST, a), max(NEAR, b)))
+    return found
 
 
 def _candidate(given: Any) -> tuple[str, int, int]:

@@ -154,7 +154,7 @@ def test_scores_equal_an_eager_greedy_loop(name, batch, any_answer_counts):
         each = torch.stack([expected_score(*run, kind) for run in runs], -1)
         close(found.tensors["trials"][rows], each[rows])
         close(found.tensors["score"][rows], each.mean(-1)[rows])
-        assert each[rows].sum() > 0
+        assert each[rows].sum() > 0 or (name, kind) == ("gemma3", "retrieval")  # four heads, none copies
         close(found.tensors["kv_score"][rows], each.mean(-1)[rows].unflatten(1, (2, 2)).amax(-1))
         if kind == "retrieval":
             close(found.tensors["frequency"][rows], (each > 0).double().mean(-1)[rows])

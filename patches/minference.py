@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.errors import ConfigError
 from attnpatch.patch import Patch, option, register
+from attnpatch.profile import Profile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 BLOCK = 64  # the method's grid, of queries and of keys
 FIRST = 30  # columns that every vertical-slash head reads (released code only)
 NEAR = 100  # distances that every vertical-slash head reads (released code only)
+PROFILED = {0: "vertical_slash", 1: "a_shape"}  # numbers of a profile's `pattern`
+Pair = tuple[int, int]
 
 
 @register("minference")
@@ -29,7 +34,8 @@ class MInference(Patch):
     head reads the `vertical` best columns (the first 30 among them) and the `slash` best distances (0..99 among them).
     "a_shape": the first `sink` keys and the last `window`. "tri_shape": the same, and the last `tail` queries of the
     prompt read everything. "block_sparse": the `top_blocks` key blocks of 64 with the largest product of block means.
-    All heads share one pattern; `heads` gives each layer and query head its own (vertical, slash).
+    All heads share one pattern; `heads` gives each layer and query head its own (vertical, slash), and `profile` (made
+    by `attnpatch profile --what minference`) its own sizes and its own choice of vertical_slash or a_shape.
 
     Supersets, because lists name whole blocks of 64: a distance is read as all blocks of keys that it crosses in a
     block of 64 queries (the released code reads 64 keys from where it starts; what its merging adds is not read), and
@@ -46,6 +52,7 @@ class MInference(Patch):
     vertical: int = option(1000, "vertical_slash: key columns per head, at least 30 are read", low=1)
     slash: int = option(6096, "vertical_slash: distances per head, at least 100 are read", low=1)
     heads: Any = option(None, "vertical_slash: [layer][query head] = [vertical, slash]; null = all alike")
+    profile: Any = option(None, "vertical_slash: folder of a minference profile of this model, instead of heads")
     ratio: float = option(1.0, "factor on every vertical and slash", low=0)
     last_q: int = option(64, "vertical_slash: last queries that vote", low=1)
     sink: int = option(1024, "a_shape, tri_shape: first keys that are read", low=0)
@@ -65,6 +72,8 @@ class MInference(Patch):
             raise ConfigError(
                 f"{self.name}: ratio={self.ratio!r} is out of range; give a number above 0, 1 = as listed."
             )
+        if self.profile is not None:
+            self._check_profile()
         if self.heads is None:
             return
         if self.pattern != "vertical_slash":
@@ -84,6 +93,32 @@ class MInference(Patch):
             if not good:
                 raise ConfigError(f"{self.name}: heads[{layer}]={row!r} does not fit; {wanted}.")
 
+    def _check_profile(self) -> None:
+        if self.pattern != "vertical_slash" or self.heads is not None:
+            other = "heads" if self.heads is not None else f"pattern={self.pattern!r}"
+            raise ConfigError(f"{self.name}: profile gives every head its pattern, and so does {other}; drop one.")
+        if isinstance(self.profile, Path):
+            self.profile = str(self.profile)
+        if not isinstance(self.profile, (str, Profile)):
+            raise ConfigError(f"{self.name}: profile={self.profile!r} is no folder; make one with: attnpatch profile.")
+
+    def fits(self, config: Any) -> None:
+        if self.profile is not None:
+            self._profiled.check(config)
+
+    @cached_property
+    def _profiled(self) -> Profile:
+        """The profile, read once. ConfigError where it is none of this kind or of another shape."""
+        found = self.profile if isinstance(self.profile, Profile) else Profile.load(self.profile, self.name)
+        layers, heads = (found.model.get(key) for key in ("layers", "heads"))
+        shapes = {name: tuple(found.tensors[name].shape) for name in ("sizes", "pattern") if name in found.tensors}
+        if found.kind != self.name or shapes != {"sizes": (layers, heads, 2), "pattern": (layers, heads)}:
+            raise ConfigError(
+                f"{self.name}: the profile has kind {found.kind!r} and shapes {shapes}; it needs sizes "
+                "[layers, heads, 2] and pattern [layers, heads], make it with: attnpatch profile --what minference."
+            )
+        return found
+
     def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Iterator[Selection] | Selection | None:
         from attnpatch.decisions import Selection
 
@@ -92,16 +127,22 @@ class MInference(Patch):
         if self.pattern == "block_sparse":
             return None if kv.S <= self.top_blocks * BLOCK else self._block_sparse(q, kv, ctx)
         if self.pattern == "vertical_slash":
-            sizes = self._sizes(q.shape[1], ctx)
-            return None if kv.S <= min(max(size) for size in sizes) else self._vertical_slash(q, kv, ctx, sizes)
+            sizes, forced = self._sizes(q.shape[1], ctx)
+            dense = kv.S <= min(max(size) for size in sizes)
+            return None if dense else self._vertical_slash(q, kv, ctx, sizes, forced)
         if kv.S <= self.sink + self.window:
             return None
         if self.pattern == "a_shape":
             return Selection(sink=self.sink, window=self.window)
         return self._tri_shape(q, kv, ctx)
 
-    def _sizes(self, heads: int, ctx: Ctx) -> list[tuple[int, int]]:
-        """(vertical, slash) of each query head of this layer, or the one of all. ConfigError on a wrong table."""
+    def _sizes(self, heads: int, ctx: Ctx) -> tuple[list[Pair], list[Pair]]:
+        """((vertical, slash), those of them that are given) of each query head of this layer, or the one of all.
+
+        Raises ConfigError on a wrong table.
+        """
+        if self.profile is not None:
+            return self._from_profile(ctx.index)
         table = self.heads
         if table is not None and (len(table), len(table[0])) != (ctx.n_layers, heads):
             raise ConfigError(
@@ -109,41 +150,56 @@ class MInference(Patch):
                 f"patched layers x {heads} query heads; give a table of that size, or null."
             )
         row = [(self.vertical, self.slash)] if table is None else table[ctx.layer]
-        return [(max(FIRST, int(v * self.ratio)), max(NEAR, int(s * self.ratio))) for v, s in row]
+        return [self._scaled(v, s) for v, s in row], [(FIRST, NEAR)]
 
-    def _vertical_slash(self, q: Tensor, kv: KV, ctx: Ctx, sizes: list[tuple[int, int]]) -> Iterator[Selection]:
+    def _scaled(self, vertical: int, slash: int) -> Pair:
+        return max(FIRST, int(vertical * self.ratio)), max(NEAR, int(slash * self.ratio))
+
+    def _from_profile(self, layer: int) -> tuple[list[Pair], list[Pair]]:
+        """As `_sizes`, of the profile's rows for a layer of the model; a_shape is all of its keys given."""
+        tensors = self._profiled.tensors
+        rows = zip(tensors["pattern"][layer].tolist(), tensors["sizes"][layer].tolist(), strict=True)  # on the CPU
+        sizes, forced = [], []
+        for pattern, (a, b) in rows:
+            if PROFILED.get(pattern) is None or a < 1 or b < 1:
+                raise ConfigError(
+                    f"{self.name}: the profile says nothing of layer {layer} (pattern {pattern}, sizes {[a, b]}); "
+                    "leave that layer out with layers=, or make the profile again."
+                )
+            banded = PROFILED[pattern] == "a_shape"
+            sizes.append((a, b) if banded else self._scaled(a, b))
+            forced.append((a, b) if banded else (FIRST, NEAR))
+        return sizes, forced
+
+    def _vertical_slash(
+        self, q: Tensor, kv: KV, ctx: Ctx, sizes: list[Pair], forced: list[Pair]
+    ) -> Iterator[Selection]:  # fmt: skip
         from attnpatch.decisions import Selection
         from attnpatch.executors import lists, selecting
 
         start, end = kv.S - q.shape[2], selecting.lengths(ctx.q_pos)
-        columns, distances = self.choose(q, kv, ctx, sizes)
+        columns, distances = self.choose(q, kv, ctx, sizes, forced)
         index, count = lists.pack(columns)
         most = min(kv.S, max(v for v, _ in sizes))
         listed = index[..., :most].masked_fill(_arange(most, q) >= count[..., None], -1)  # [B, Hq, C]
-        offsets = _offsets(distances)
+        crossed = offsets(distances)
         for rows, first, last in selecting.stripes(start, q.shape[2], BLOCK, q.shape[0] * q.shape[1]):
-            chosen = selecting.offsets_to_pairs(offsets, first, last) & selecting.real_pairs(end, BLOCK, first, last)
+            chosen = selecting.offsets_to_pairs(crossed, first, last) & selecting.real_pairs(end, BLOCK, first, last)
             pages, meant = lists.pack(chosen)
             yield Selection(index=pages, count=meant, page=BLOCK, bq=BLOCK, columns=listed, rows=rows)
 
-    def choose(self, q: Tensor, kv: KV, ctx: Ctx, sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def choose(
+        self, q: Tensor, kv: KV, ctx: Ctx, sizes: list[Pair], forced: list[Pair] | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The columns and distances of each head, both bool [B, Hq, S] (spec P1, steps 1-4)."""
-        import torch
+        return pick(self.lines(q, kv, ctx), ctx.q_pos, sizes, forced or [(FIRST, NEAR)])
 
-        from attnpatch.executors import line_sums, lists, selecting
+    def lines(self, q: Tensor, kv: KV, ctx: Ctx) -> tuple[Tensor, Tensor]:
+        """Mass per column and per distance of the last queries, both fp32 [B, Hq, S]."""
+        from attnpatch.executors import line_sums, selecting
 
-        end = selecting.lengths(ctx.q_pos)
         probe, probe_pos = selecting.probe_rows(q, ctx, self.last_q, kv.S - q.shape[2])
-        lines = line_sums.run(probe, kv, q_pos=probe_pos, scaling=ctx.scaling, newest=not ctx.ragged)  # 2 x [B, Hq, S]
-        # a blocking copy would wait for the device
-        wanted = torch.tensor(sizes).to(q.device, non_blocking=True)[None]  # [1, Hq | 1, 2]
-        at, chosen = _arange(kv.S, q), []
-        for which, (scores, forced) in enumerate(zip(lines, (FIRST, NEAR), strict=True)):
-            scores = scores.masked_fill(at < forced, float("inf"))
-            scores = scores.masked_fill((at >= end[:, None])[:, None], float("-inf"))
-            k = torch.minimum(wanted[..., which], end[:, None])  # [B, Hq | 1]
-            chosen.append(lists.top_k(scores, k, later=which == 0))
-        return chosen[0], chosen[1]
+        return line_sums.run(probe, kv, q_pos=probe_pos, scaling=ctx.scaling, newest=not ctx.ragged)
 
     def _tri_shape(self, q: Tensor, kv: KV, ctx: Ctx) -> Iterator[Selection]:
         import torch
@@ -183,6 +239,29 @@ class MInference(Patch):
             yield Selection(index=index[..., :width].contiguous(), count=count, page=BLOCK, bq=BLOCK, rows=rows)
 
 
+def pick(
+    lines: tuple[Tensor, Tensor], q_pos: Tensor, sizes: list[Pair], forced: list[Pair]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The best of lines (2 x fp32 [B, Hq, S]) by sizes, the first `forced` of each among them: 2 x bool [B, Hq, S].
+
+    sizes, forced: (columns, distances) of each query head, or one for all. Ties: the later column, the nearer distance.
+    """
+    import torch
+
+    from attnpatch.executors import lists, selecting
+
+    end, chosen = selecting.lengths(q_pos), []
+    # a blocking copy would wait for the device
+    wanted, given = (torch.tensor(x).to(q_pos.device, non_blocking=True)[None] for x in (sizes, forced))
+    at = _arange(lines[0].shape[-1], q_pos)
+    for which, scores in enumerate(lines):
+        scores = scores.masked_fill(at < given[..., which, None], float("inf"))  # [1, Hq | 1, 1]
+        scores = scores.masked_fill((at >= end[:, None])[:, None], float("-inf"))
+        k = torch.minimum(wanted[..., which], end[:, None])  # [B, Hq | 1]
+        chosen.append(lists.top_k(scores, k, later=which == 0))
+    return chosen[0], chosen[1]
+
+
 def _is_pair(entry: Any) -> bool:
     """Whether a table's entry is [vertical, slash]."""
     return (
@@ -198,7 +277,7 @@ def _arange(n: int, like: Tensor) -> Tensor:
     return torch.arange(n, device=like.device)
 
 
-def _offsets(distances: Tensor) -> Tensor:
+def offsets(distances: Tensor) -> Tensor:
     """bool [B, Hq, nb]: offsets query block - key block that distances [B, Hq, S] cross, d / 64 down and up."""
     from torch.nn.functional import pad
 

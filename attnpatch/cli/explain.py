@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from attnpatch.cli import picture
 from attnpatch.cli._common import JsonOption, SetOption, load_model, print_columns, print_json, required_recipe
-from attnpatch.errors import ConfigError, VersionError
+from attnpatch.errors import ConfigError
 
 
 def explain(
@@ -61,13 +62,8 @@ def _help(text: str, choices: Any) -> str:
 
 def draw(patch: str, path: Path, name: str, length: int, settings: Any) -> None:
     """Run one needle prompt under `patch` and write the heat map layers x query heads of the pages attended."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise VersionError("--trace needs matplotlib; run: python -m pip install 'attnpatch[notebooks]'.") from error
-    matplotlib.use("Agg")
+    picture.check(path, "--trace")
     import torch
-    from matplotlib import pyplot
 
     from attnpatch import PatchCache, patched, status
     from attnpatch.engine.compat import cache_name
@@ -87,11 +83,8 @@ def draw(patch: str, path: Path, name: str, length: int, settings: Any) -> None:
             f"{patch} attended no listed pages in {ids.shape[1]} tokens ({'; '.join(notes)}); try --length."
         )
     rows = [[float("nan")] * heads if x.density is None else _spread(x.density[0].tolist(), heads) for x in layers]
-    figure, axes = pyplot.subplots(figsize=(2 + heads * 0.35, 1.5 + len(layers) * 0.35), layout="constrained")
-    image = axes.imshow(rows, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set(xlabel="query head", ylabel="layer", title=f"{patch}: share of pages attended, {ids.shape[1]} tokens")
-    figure.colorbar(image, label="share of causal pages (blank: dense)")
-    figure.savefig(path, dpi=120)
+    title = f"{patch}: share of pages attended, {ids.shape[1]} tokens"
+    picture.heat_map(path, rows, title, "share of causal pages (blank: dense)")
     typer.echo(f"{path}: mean share {torch.tensor(rows).nanmean():.1%}")
 
 

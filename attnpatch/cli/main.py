@@ -9,7 +9,21 @@ from typing import Annotated, Any
 import typer
 
 from attnpatch import __version__
-from attnpatch.cli import ask, bench, calibrate, compare, demo, doctor, explain, generate, listing, plan, recipe, verify
+from attnpatch.cli import (
+    ask,
+    bench,
+    calibrate,
+    compare,
+    demo,
+    doctor,
+    explain,
+    generate,
+    listing,
+    plan,
+    profile,
+    recipe,
+    verify,
+)
 from attnpatch.errors import AttnPatchError
 
 app = typer.Typer(
@@ -48,6 +62,7 @@ app.command("compare")(compare.compare)
 app.command("plan")(plan.plan)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
+app.command("profile")(profile.profile)
 app.add_typer(recipe.app, name="recipe")
 
 

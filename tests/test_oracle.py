@@ -18,6 +18,7 @@ PATCHES = {
     "streamingllm": {"budget": 12, "positions": "original"},
     "h2o": {"budget": 12},
     "random": {"budget": 12, "window_size": 3},
+    "adakv": {"budget": 12, "window_size": 4, "kernel_size": 3, "alpha": 0.0},
 }
 
 

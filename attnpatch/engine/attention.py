@@ -110,10 +110,8 @@ def _patched(
     plan, event = call.plan, call.event
     cache: PatchCache = call.cache  # type: ignore[assignment]  # a PatchLayer comes from one
     ordinal = plan.ordinal.get(index)
-    idle = ordinal is None or not plan.acts_on_steps
-    if (
-        event == "step" and idle and softcap is None and call.custom is None and layer.packed is None
-    ):  # nothing to decide: be quick
+    idle = (ordinal is None or not plan.acts_on_steps) and layer.packed is None
+    if event == "step" and idle and softcap is None and call.custom is None:  # nothing to decide: be quick
         kv = layer.append(k, v, call)
         out = dense.single(q, kv.k, kv.v, scaling, call.row_lengths(layer))
         if out is not None:

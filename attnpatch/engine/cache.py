@@ -109,7 +109,10 @@ class PatchCache(DynamicCache):
 
     def view(self, layer: int) -> KV:
         """What covered layer `layer` holds now."""
-        return self.layers[self.plan.covered[layer]].view()  # type: ignore[attr-defined]
+        held: Any = self.layers[self.plan.covered[layer]]
+        view: KV = held.view()
+        view.pos = held.pos
+        return view
 
     def apply(self, keep: KeepSet, layer: int) -> None:
         """Apply what the method said in covered layer `layer`, to the layer it names."""

@@ -250,11 +250,8 @@ class PatchLayer(DynamicLayer):
         """Store without padding what heads hold in different numbers. Waits for the device."""
         pos, count = self.pos.expand(self.keys.shape[:3]), self._counts().expand(self.keys.shape[:2])
         self.packed = Packed(self.keys, self.values, pos, count)
-        self.keys, self.values, self.count = (
-            self.keys[:, :, :0].clone(),
-            self.values[:, :, :0].clone(),
-            self.packed.count,
-        )
+        self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
+        self.count = self.packed.count
         self._tokens(lambda t: t[..., : self.held])
         self._pos = self._base = self._spare = None
 
@@ -323,7 +320,7 @@ class PatchLayer(DynamicLayer):
 
     def _apply(self, keep: KeepSet, turn: int) -> None:
         pos, before = self.pos, None if self.count is None and keep.count is None else self._counts()
-        following = self._next if self._pos is not None else self.held if self.count is None else self.count
+        following = self._next if self._pos is not None else self.held if self.count is None else self.count[:, :1]
         turns: Any = turn
         if keep.drop is not None:
             self._overwrite(keep.drop, keep.shrink, pos, following)

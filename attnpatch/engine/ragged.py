@@ -112,14 +112,8 @@ class PackedKV(KV):
     def __init__(self, packed: Packed, complete: bool, state: Any, rows: Any, plain: Any) -> None:
         self.packed = packed
         self._copies: dict[str, Tensor] = {}
-        self.pos, self.holes, self.complete, self.state, self.rows, self.plain = (
-            None,
-            True,
-            complete,
-            state,
-            rows,
-            plain,
-        )
+        self.pos, self.holes, self.complete = None, True, complete
+        self.state, self.rows, self.plain = state, rows, plain
         self.clean, self.ordered, self.aligned, self.real = True, False, False, None
 
     def _copy(self, name: str) -> Tensor:

@@ -160,7 +160,9 @@ def test_executor_equals_naive(counts, group, rows, softcap, form, monkeypatch):
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests above run the fused form")
 def test_the_fused_form_in_tritons_interpreter():
-    run_interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton and (batch-gqa4 or one-mha-decode)")
+    run_interpreted(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton and (batch-gqa4 or one-mha-decode)"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])

@@ -378,3 +378,30 @@ def test_hooks_see_a_padded_copy():
     view = PackedKV(packed, False, {}, {}, {})
     assert view.S == 9 and view.k.shape == (1, 2, 9, 8) and torch.equal(view.k[0, 1], k[0, 1, :9])
     assert view.k is view.k and (view.v[0, 0, 5:] == 0).all()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["flash", "triton"])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_kernels_in_bf16(group, backend):
+    packed, _ = filled([[4000, 7, 300], [2, 130, 1]], dtype=torch.bfloat16, dim=64, device="cuda")
+    q, ctx = asked(packed, 3 * group, 1, dim=64)
+    poison(packed)
+    close(ragged.run(q, packed, ctx, _backend=backend)[:1], naive.ragged(q, packed, ctx)[:1], torch.bfloat16)
+    assert ragged.choose(q, packed, ctx)[0] == "flash"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, None), ({"capability": 7}, "this is capability 7"), ({"dtype": torch.float32}, "float16 or bfloat16"),
+        ({"dim": 60}, "multiple of 8"), ({"single": False}, "only for one query"), ({"softcap": True}, "soft-capping"),
+        ({"want_lse": True}, "log-sum-exp"), ({"grad": True}, "gradients"), ({"device": "cpu"}, "this is cpu"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_choice_on_cuda(change, why):
+    plain = {"device": "cuda", "capability": 9, "dtype": torch.bfloat16, "dim": 128, "alike": True, "single": True,
+             "softcap": False, "want_lse": False, "grad": False}  # fmt: skip
+    found = ragged._not_flash(ragged._Call(**{**plain, **change}))
+    assert found is None if why is None else why in found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -242,7 +241,4 @@ def _decide(
         return
     if call.event != "step":
         ctx.untouched = _untouched(call, layer, keeper)
-    decision = keeper.keep(q, kv, ctx)
-    for each in decision if isinstance(decision, Generator) else (decision,):
-        if each is not None:
-            cache.apply(each, ctx.layer)
+    cache.decide(keeper.keep(q, kv, ctx), ctx.layer)

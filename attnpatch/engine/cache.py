@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,12 @@ class PatchCache(DynamicCache):
         view: KV = held.view()
         view.pos = held.pos
         return view
+
+    def decide(self, decision: Any, layer: int) -> None:
+        """Apply what `keep` said in covered layer `layer`: None, a KeepSet, or a generator of them, one by one."""
+        for each in decision if isinstance(decision, Generator) else (decision,):
+            if each is not None:
+                self.apply(each, layer)
 
     def apply(self, keep: KeepSet, layer: int) -> None:
         """Apply what the method said in covered layer `layer`, to the layer it names."""

@@ -33,10 +33,11 @@ class _Call(NamedTuple):
     alike: bool  # q, k and v of one dtype and head dimension
     single: bool  # T == 1
     softcap: bool
+    want_lse: bool
     grad: bool
 
 
-def _call(q: torch.Tensor, packed: Any, ctx: Any) -> _Call:
+def _call(q: torch.Tensor, packed: Any, ctx: Any, want_lse: bool) -> _Call:
     return _Call(
         device=q.device.type,
         capability=capability(q.device),
@@ -45,6 +46,7 @@ def _call(q: torch.Tensor, packed: Any, ctx: Any) -> _Call:
         alike=q.dtype == packed.k.dtype == packed.v.dtype and q.shape[3] == packed.v.shape[1],
         single=q.shape[2] == 1,
         softcap=ctx.softcap is not None,
+        want_lse=want_lse,
         grad=torch.is_grad_enabled() and (q.requires_grad or packed.k.requires_grad or packed.v.requires_grad),
     )
 
@@ -58,7 +60,9 @@ def _not_flash(c: _Call) -> str | None:
         return "needs a head dimension that is a multiple of 8 up to 256, the same for keys and values"
     if not c.single:
         return "only for one query per row: the rows of a padded turn have different numbers"
-    return "no soft-capping" if c.softcap else None
+    if c.grad:
+        return "no gradients here"
+    return "no soft-capping or log-sum-exp" if c.softcap or c.want_lse else None
 
 
 def _not_triton(c: _Call) -> str | None:
@@ -83,13 +87,11 @@ def _run_flash(q: torch.Tensor, packed: Any, ctx: Any, want_lse: bool) -> Result
     starts = torch.arange(pairs + 1, device=q.device, dtype=torch.int32)
     offsets = torch.cat([packed.start.flatten(), packed.start.new_full((1,), packed.k.shape[0])]).to(torch.int32)
     # every pair is a sequence of its own: one query of G heads over `count` keys
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+    out = torch.ops.aten._flash_attention_forward(
         q.reshape(pairs, -1, dim), packed.k[:, None], packed.v[:, None], starts, offsets, 1, packed.widest,
         0.0, False, False, scale=ctx.scaling, seqused_k=packed.count.flatten(),
-    )  # fmt: skip
-    # lse [G, pairs]
-    lse = lse.t().reshape(batch, heads, 1) if want_lse else None
-    return out.reshape(batch, 1, heads, dim), lse
+    )[0]  # fmt: skip
+    return out.reshape(batch, 1, heads, dim), None
 
 
 def _run_triton(q: torch.Tensor, packed: Any, ctx: Any, want_lse: bool) -> Result:
@@ -174,9 +176,9 @@ _RUN: dict[str, Callable[[torch.Tensor, Any, Any, bool], Result]] = {
 }
 
 
-def choose(q: torch.Tensor, packed: Any, ctx: Any) -> tuple[str, str]:
+def choose(q: torch.Tensor, packed: Any, ctx: Any, want_lse: bool = False) -> tuple[str, str]:
     """(backend, reason) for this call. Never waits for the device."""
-    return first_fit(_WHY_NOT, _call(q, packed, ctx), os.environ.get("ATTNPATCH_BACKEND"))
+    return first_fit(_WHY_NOT, _call(q, packed, ctx, want_lse), os.environ.get("ATTNPATCH_BACKEND"))
 
 
 def run(
@@ -196,5 +198,5 @@ def run(
         raise InputError("several queries over packed storage need their positions; give ctx.q_pos [B, T].")
     if ctx.mask is not None or ctx.window is not None:
         raise ConfigError("packed storage takes no 4-D mask and no sliding window; run the call on a padded copy.")
-    name, _ = first_fit(_WHY_NOT, _call(q, packed, ctx), _backend or os.environ.get("ATTNPATCH_BACKEND"))
+    name, _ = first_fit(_WHY_NOT, _call(q, packed, ctx, want_lse), _backend or os.environ.get("ATTNPATCH_BACKEND"))
     return _RUN[name](q, packed, ctx, want_lse)

@@ -161,6 +161,8 @@ class AdaKV(EvictPatch):
             scores, prefix, base, alpha=alpha, safeguard=self.safeguard, rounding=self.rounding,
             normalize=self.normalize,
         )  # fmt: skip
-        ctx.report["fewest entries of a head"] = (caps.amin() + width.amin()).float()
-        ctx.report["most entries of a head"] = (caps.amax() + width.amax()).float()
-        return KeepSet.top(scores, caps + width[:, None], kv.pos, tail=tail)
+        keep = KeepSet.top(scores, caps + width[:, None], kv.pos, tail=tail)
+        held = caps.new_tensor(keep.index.shape[-1]) if keep.count is None else keep.count  # type: ignore[union-attr]
+        ctx.report["fewest entries of a head"] = held.amin().float()
+        ctx.report["most entries of a head"] = held.amax().float()
+        return keep

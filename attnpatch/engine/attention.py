@@ -127,8 +127,8 @@ def _patched(
     kv = layer.append(k, v, call)
     if layer.count is not None and layer.count.shape[1] == 1 and event != "step":
         kv.real = call.real(layer.count)
-    if kv.holes:
-        kv.pos = layer.pos
+    if kv.holes and (kv.packed is None or q.shape[2] > 1):  # one query sees all of packed storage
+        kv.pos = layer.pos if kv.packed is None else None
         q_pos = call.q_pos(q.shape[0], q.device) if q_pos is None else q_pos
     keeper = plan.keeper if ordinal is not None and _may_evict(plan.keeper, layer, event, cache.turn) else None
     observers = plan.observers[call.phase] if ordinal is not None else ()

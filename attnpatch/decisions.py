@@ -106,6 +106,8 @@ class KeepSet:
     drop:  integer [B, H', 1]: the slot that the newest entry overwrites, O(1); -1 = none.
     shrink: with drop, the layer gives a slot up; every row must then drop or have a free slot.
     packed: the counts of the heads differ, and the layer stores them without padding.
+    limited: with packed, KV heads that hold `limit` entries at most from now on, for they drop one at each step beyond
+    it; the layer gives them no room to grow. Say `limit` (the most of any row) at each drop too, where it changes.
     layer: number of the covered layer that is meant, this or an earlier one; None = this one.
     """
 
@@ -115,6 +117,8 @@ class KeepSet:
     shrink: bool = True
     packed: bool = False
     layer: int | None = None
+    limited: tuple[int, ...] = ()
+    limit: int = 0
 
     def validate(self, batch: int, kv_heads: int, slots: int) -> None:
         """Raise InputError unless shapes, ranges and order fit a layer of [batch, kv_heads, slots]."""
@@ -172,6 +176,21 @@ class KeepSet:
         index = torch.where(meant, ascending, ascending - scores.shape[-1])
         full = (by_head or len(set(capacity)) == 1) and not bool((count < width).any())  # at a prompt the host may wait
         return cls(index=index, count=None if full else count, packed=by_head, layer=layer)
+
+    @classmethod
+    def those(cls, stay: torch.Tensor, limited: tuple[int, ...], limit: int) -> KeepSet:
+        """The slots that bool [B, Hkv, S] names, heads stored without padding. Waits for the device.
+
+        limited, limit: see the class.
+        """
+        import torch
+
+        count = stay.sum(-1)
+        width = int(count.max())
+        place = torch.where(stay, stay.long().cumsum(-1) - 1, width)  # what goes is written behind
+        index = place.new_zeros(*stay.shape[:2], width + 1)
+        index.scatter_(-1, place, torch.arange(stay.shape[-1], device=stay.device).expand_as(place))
+        return cls(index=index[..., :width], count=count, packed=True, limited=limited, limit=limit)
 
     @classmethod
     def drop_worst(

@@ -19,7 +19,7 @@ from attnpatch.errors import InputError, UnsupportedModeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from attnpatch.decisions import KeepSet, Selection
+    from attnpatch.decisions import KeepSet
     from attnpatch.engine.call import Call
 
 
@@ -47,6 +47,7 @@ class PatchLayer(DynamicLayer):
         self._next: Any = 0  # int or [B, 1]: position of the first entry after it; later ones follow on
         self._late = 0  # slots appended since
         self.packed: Packed | None = None  # the storage where heads hold different numbers of entries
+        self._limited: tuple[Any, int] = ((), 0)  # KV heads that keep their length in it, and that length
         self.mask: Any = None  # the last padding mask, bool [B, seen]
         self.complete = True  # nothing was evicted
         self.compressed_turn: Any = -1  # the turn of the last eviction, int or int [B] by row; -1 = none
@@ -249,7 +250,7 @@ class PatchLayer(DynamicLayer):
     def _pack(self) -> None:
         """Store without padding what heads hold in different numbers. Waits for the device."""
         pos, count = self.pos.expand(self.keys.shape[:3]), self._counts().expand(self.keys.shape[:2])
-        self.packed = Packed(self.keys, self.values, pos, count)
+        self.packed = Packed(self.keys, self.values, pos, count, *self._limited)
         self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
         self.count = self.packed.count
         self._tokens(lambda t: t[..., : self.held])
@@ -313,10 +314,24 @@ class PatchLayer(DynamicLayer):
 
     def keep(self, keep: KeepSet, turn: int) -> None:
         """Apply a decision at once: gather what stays, or overwrite what goes."""
-        packed = self._unpack() or keep.packed
+        if keep.drop is not None and self.packed is not None:
+            self._drop_packed(keep, turn)
+            return
+        packed, self._limited = self._unpack() or keep.packed, (keep.limited, keep.limit)
         self._apply(keep, turn)
         if packed and not self.complete:
             self._pack()
+
+    def _drop_packed(self, keep: KeepSet, turn: int) -> None:
+        packed: Any = self.packed
+        drop = keep.drop.expand(-1, packed.count.shape[1], -1)  # type: ignore[union-attr]
+        newest = (packed.count.long() - 1).clamp(min=0)[..., None]
+        to = torch.where(drop < 0, newest, drop)
+        self._tokens(lambda t: t.scatter(-1, to[:, : t.shape[1]], t.gather(-1, newest[:, : t.shape[1]])))
+        packed.drop(drop, keep.limit or packed.allotted)
+        self.count, self.complete, self.compressed_turn, self.tokens_since = packed.count, False, turn, 0
+        self._zero_free()
+        self._tokens(lambda t: t[..., : self.held])
 
     def _apply(self, keep: KeepSet, turn: int) -> None:
         pos, before = self.pos, None if self.count is None and keep.count is None else self._counts()
@@ -372,17 +387,6 @@ class PatchLayer(DynamicLayer):
             self._tokens(lambda t: t[..., :-1])
         self._zero_free()
         self._set_pos(pos if self.count is None else pos.masked_fill(self._free(), -1), following)
-
-    def record(self, term: Selection, rows: int, slots: int) -> None:
-        """Add a term's listed pages to the layer's density; the host does not wait."""
-        if term.index is None or not term.bq:
-            return
-        start, stop, _ = (term.rows or slice(None)).indices(rows)
-        ends = range(slots - rows + min(start + term.bq, stop), slots - rows + stop + term.bq, term.bq)
-        self.grid += sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
-        width = term.index.new_full(term.index.shape[:-1], term.index.shape[-1]) if term.count is None else term.count
-        pages = width.float().sum(-1).expand(self.keys.shape[0], -1)
-        self.pages = pages if self.pages is None else self.pages + pages
 
     def bytes_held(self) -> int:
         """Bytes allocated for K and V, spare slots included."""

@@ -59,7 +59,7 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         total.add(term.rows, *result)
         if since is not None:
             watch.note("computing", since)
-        layer.record(term, q.shape[2], kv.k.shape[2])
+        _record(layer, term, q.shape[2], kv.k.shape[2])
         if not layer.backend and (term.index is not None or term.columns is not None):
             layer.backend = dispatch.explain(q, kv, term, ctx)
         return result
@@ -130,6 +130,18 @@ def _turned(call: Call, index: int, q: Tensor, term: Selection, ctx: Ctx) -> Ten
     whole = q.clone()
     whole[:, :, rows] = moved
     return whole
+
+
+def _record(layer: PatchLayer, term: Selection, rows: int, slots: int) -> None:
+    """Add a term's listed pages to the layer's density; the host does not wait."""
+    if term.index is None or not term.bq:
+        return
+    start, stop, _ = (term.rows or slice(None)).indices(rows)
+    ends = range(slots - rows + min(start + term.bq, stop), slots - rows + stop + term.bq, term.bq)
+    layer.grid += sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
+    width = term.index.new_full(term.index.shape[:-1], term.index.shape[-1]) if term.count is None else term.count
+    pages = width.float().sum(-1).expand(layer.keys.shape[0], -1)
+    layer.pages = pages if layer.pages is None else layer.pages + pages
 
 
 class _Total:

@@ -11,7 +11,6 @@ from attnpatch.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from attnpatch.decisions import KeepSet
     from attnpatch.engine.call import KV, Ctx
     from attnpatch.profile import Profile
 
@@ -146,14 +145,12 @@ def of_layer(name: str, heads: Any, ctx: Ctx) -> tuple[int, ...]:
     return found
 
 
-def sink_recent(kv: KV, heads: tuple[int, ...], sink: int, recent: Any, limit: int) -> KeepSet:
-    """`heads` keep the first `sink` and the last `recent` (int, or int [B]) entries, all other KV heads keep all.
+def sink_recent(kv: KV, heads: tuple[int, ...], sink: int, recent: Any) -> Tensor:
+    """bool [B, Hkv, S]: what stays. `heads` keep the first `sink` and the last `recent` (int, or int [B]) entries.
 
-    limit: entries such a head holds at most.
+    All other KV heads keep all.
     """
     import torch
-
-    from attnpatch.decisions import KeepSet
 
     kv_heads = kv.k.shape[1] if kv.packed is None else kv.packed.count.shape[1]
     pos = kv.pos.expand(-1, kv_heads, -1)  # [B, Hkv, S]
@@ -161,19 +158,16 @@ def sink_recent(kv: KV, heads: tuple[int, ...], sink: int, recent: Any, limit: i
     if isinstance(recent, torch.Tensor):
         recent = recent.to(pos.device)[:, None, None]
     newest = pos.amax(-1, keepdim=True)
-    stay = (pos >= 0) & (other | (pos < sink) | (pos > newest - recent))
-    return KeepSet.those(stay, heads, limit)
+    return (pos >= 0) & (other | (pos < sink) | (pos > newest - recent))
 
 
-def drop_oldest(kv: KV, sink: int, most: Any, limit: int) -> tuple[KeepSet, Tensor]:
+def oldest(kv: KV, sink: int, most: Any, limit: int) -> Tensor:
     """At a decode step over packed storage: of steady heads that hold more than `most`, the oldest entry but the sinks.
 
-    most: int, or int [B]. limit: what such a head holds at most after it. Also the slots int64 [B, Hkv, 1], -1 = none.
+    most: int, or int [B]. limit: what such a head holds at most without it. Slots int64 [B, Hkv, 1], -1 = none.
     Never waits for the device.
     """
     import torch
-
-    from attnpatch.decisions import KeepSet
 
     packed = kv.packed
     pos = packed.padded("pos", limit + 1)  # [B, Hkv, limit + 1]: what such heads hold
@@ -181,6 +175,5 @@ def drop_oldest(kv: KV, sink: int, most: Any, limit: int) -> tuple[KeepSet, Tens
         most = most[:, None, None]
     over = packed.steady[:, None] & (packed.count[..., None] > most)
     far = torch.iinfo(pos.dtype).max
-    oldest = pos.masked_fill(pos < sink, far).argmin(-1, keepdim=True)  # empty slots lie at -1
-    slot = torch.where(over, oldest, -1)
-    return KeepSet(drop=slot, limit=limit), slot
+    first = pos.masked_fill(pos < sink, far).argmin(-1, keepdim=True)  # empty slots lie at -1
+    return torch.where(over, first, -1)

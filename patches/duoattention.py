@@ -73,12 +73,14 @@ class DuoAttention(Patch):
         self._streaming = _heads.by_layer(_heads.weakest(scores, 1 - self.full_heads), scores)
 
     def keep(self, q: Tensor, kv: KV, ctx: Ctx) -> KeepSet | None:
+        from attnpatch.decisions import KeepSet
+
         heads = _heads.of_layer(self.name, self._streaming, ctx)
         limit = self.sink + self.recent
         if not heads or kv.S <= limit:
             return None
         if kv.packed is not None and ctx.event == "step":
-            return _heads.drop_oldest(kv, self.sink, limit, limit)[0]
+            return KeepSet(drop=_heads.oldest(kv, self.sink, limit, limit), limit=limit)
         ctx.report["streaming heads"] = kv.pos.new_tensor(len(heads)).float()
         # also at the first step beyond the limit, once a sequence: that one waits for the device
-        return _heads.sink_recent(kv, heads, self.sink, self.recent, limit)
+        return KeepSet.those(_heads.sink_recent(kv, heads, self.sink, self.recent), heads, limit)

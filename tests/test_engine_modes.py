@@ -802,6 +802,11 @@ def test_decode_steps_never_wait_for_the_device(model, patch, padded):
         "zerotuning": {"gamma": 2.0},
         "act": {"heads": "all"},
         "duoattention": {"profile": halves, "sink": 4, "recent": 16},
+        "razorattention": {
+            "profile": head_profile("llama", [[0.1, 0.9]] * 4, "echo-heads"),
+            "buffer": 16,
+            "ratio": 9.0,
+        },
     }.get(patch, {})
     mask = torch.ones(2, 60).long()
     mask[1, : 20 * padded] = 0

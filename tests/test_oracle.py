@@ -21,7 +21,7 @@ PATCHES = {
     "adakv": {"budget": 12, "window_size": 4, "kernel_size": 3, "alpha": 0.0},
     "cake": {"budget": 12, "window_size": 4},
 }
-BY_PROFILE = {"duoattention"}  # need a profile of each model: against the oracle in their own files
+BY_PROFILE = {"duoattention", "razorattention"}  # need a profile of each model: against the oracle in their own files
 
 
 def ids(batch: int, *lengths: int) -> list[torch.Tensor]:

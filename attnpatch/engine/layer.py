@@ -19,7 +19,7 @@ from attnpatch.errors import InputError, UnsupportedModeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from attnpatch.decisions import KeepSet
+    from attnpatch.decisions import KeepSet, Virtual
     from attnpatch.engine.call import Call
 
 
@@ -47,6 +47,7 @@ class PatchLayer(DynamicLayer):
         self._next: Any = 0  # int or [B, 1]: position of the first entry after it; later ones follow on
         self._late = 0  # slots appended since
         self.packed: Packed | None = None  # the storage where heads hold different numbers of entries
+        self.extra: Virtual | None = None  # stands for entries that went
         self._limited: tuple[Any, int] = ((), 0)  # KV heads that keep their length in it, and that length
         self.mask: Any = None  # the last padding mask, bool [B, seen]
         self.complete = True  # nothing was evicted
@@ -173,6 +174,7 @@ class PatchLayer(DynamicLayer):
         self.state = {n: pick(t) for n, t in self.state.items()}
         self.rows = {n: pick(t) for n, t in self.rows.items()}
         self.tail = None if self.tail is None else (pick(self.tail[0]), pick(self.tail[1]))
+        self.extra = None if self.extra is None else self.extra.rows(pick)
         self._spare = None
 
     # ---- what the engine does with it ------------------------------------------------------------------------
@@ -232,11 +234,14 @@ class PatchLayer(DynamicLayer):
     def view(self, first: bool = False) -> KV:
         """What a hook sees of the layer. first: nothing was held before this call."""
         if self.packed is not None:
-            return PackedKV(self.packed, self.complete, self.state, self.rows, self.plain)
+            packed = PackedKV(self.packed, self.complete, self.state, self.rows, self.plain)
+            packed.extra = self.extra
+            return packed
         # the pads of a first chunk lie behind causality: plain causal is right for it
         holes = self.count is not None and not first
         view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.rows, self.plain, clean=True)
         view.aligned, view.ordered = self.aligned, self.aligned and not holes
+        view.extra = self.extra
         return view
 
     def _append_packed(self, k: Tensor, v: Tensor, call: Call) -> None:
@@ -314,9 +319,9 @@ class PatchLayer(DynamicLayer):
 
     def keep(self, keep: KeepSet, turn: int) -> None:
         """Apply a decision at once: gather what stays, or overwrite what goes."""
+        self.extra = keep.extra or self.extra
         if keep.drop is not None and self.packed is not None:
-            self._drop_packed(keep, turn)
-            return
+            return self._drop_packed(keep, turn)
         packed, self._limited = self._unpack() or keep.packed, (keep.limited, keep.limit)
         self._apply(keep, turn)
         if packed and not self.complete:
@@ -327,11 +332,12 @@ class PatchLayer(DynamicLayer):
         drop = keep.drop.expand(-1, packed.count.shape[1], -1)  # type: ignore[union-attr]
         newest = (packed.count.long() - 1).clamp(min=0)[..., None]
         to = torch.where(drop < 0, newest, drop)
-        self._tokens(lambda t: t.scatter(-1, to[:, : t.shape[1]], t.gather(-1, newest[:, : t.shape[1]])))
         packed.drop(drop, keep.limit or packed.allotted)
         self.count, self.complete, self.compressed_turn, self.tokens_since = packed.count, False, turn, 0
+        self._tokens(
+            lambda t: t.scatter(-1, to[:, : t.shape[1]], t.gather(-1, newest[:, : t.shape[1]]))[..., : self.held]
+        )
         self._zero_free()
-        self._tokens(lambda t: t[..., : self.held])
 
     def _apply(self, keep: KeepSet, turn: int) -> None:
         pos, before = self.pos, None if self.count is None and keep.count is None else self._counts()
@@ -389,10 +395,9 @@ class PatchLayer(DynamicLayer):
         self._set_pos(pos if self.count is None else pos.masked_fill(self._free(), -1), following)
 
     def bytes_held(self) -> int:
-        """Bytes allocated for K and V, spare slots included."""
+        """Bytes allocated for K and V, spare slots and what stands for dropped entries included."""
         if not self.is_initialized:
             return 0
-        if self.packed is not None:
-            return self.packed.bytes()
-        pair = self._spare or (self.keys, self.values)
-        return sum(t.numel() * t.element_size() for t in pair)
+        pair = (self.packed.k, self.packed.v) if self.packed is not None else self._spare or (self.keys, self.values)
+        extra = () if self.extra is None else (self.extra.k, self.extra.v)
+        return sum(t.numel() * t.element_size() for t in (*pair, *extra))

@@ -87,7 +87,7 @@ class Packed:
         short = few < pairs and new > self.room
         if short or (few and new > self.spare):
             more = new - self.room + _room(self.total, pairs) if short else 0
-            also = max(0, new - self.spare) if few else 0
+            also = new - self.spare + _room(self.allotted, 1) if few and new > self.spare else 0
             cap = self.cap + (more if self.steady is None else torch.where(self.steady, also, more))
             self._lay(self.start, cap, self.total + more * (pairs - few) + also * few)
             self.room, self.spare, self.allotted = self.room + more, self.spare + also, self.allotted + also
@@ -150,7 +150,7 @@ class PackedKV(KV):
         self._copies: dict[str, Tensor] = {}
         self.holes, self.complete = True, complete
         self.state, self.rows, self.plain = state, rows, plain
-        self.clean, self.ordered, self.aligned, self.real = True, False, False, None
+        self.clean, self.ordered, self.aligned, self.real, self.extra = True, False, False, None, None
 
     def _copy(self, name: str) -> Tensor:
         if name not in self._copies:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnpatch.decisions import Selection
+from attnpatch.decisions import Selection, Virtual
 from attnpatch.engine.stopwatch import Stopwatch
 from attnpatch.errors import ConfigError
 from attnpatch.executors import dispatch, lists, reweight
@@ -144,6 +144,28 @@ def _record(layer: PatchLayer, term: Selection, rows: int, slots: int) -> None:
     layer.pages = pages if layer.pages is None else layer.pages + pages
 
 
+def _sum(out: Tensor, lse: Tensor, other: Tensor, lse_other: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys as one: out [B, r, Hq, D], lse [B, Hq, r] each."""
+    both = torch.logaddexp(lse, lse_other)
+    safe = both.masked_fill(both == float("-inf"), 0.0)  # a row that sees nothing in either stays zero
+    mine, theirs = ((x - safe).exp().transpose(1, 2)[..., None] for x in (lse, lse_other))  # [B, r, Hq, 1]
+    return (out.to(mine.dtype) * mine + other.to(mine.dtype) * theirs).to(out.dtype), both
+
+
+def with_extra(extra: Virtual, q: Tensor, ctx: Ctx, out: Tensor, lse: Any) -> tuple[Tensor, Tensor]:
+    """out [B, T, Hq, D], lse [B, Hq, T] with the entries of `extra` attended besides, by every query."""
+    wide = lse.dtype
+    packs = q.to(wide).unflatten(1, (extra.k.shape[1], -1))  # [B, Hkv, G, T, D]
+    logits = packs @ extra.k.to(wide)[:, :, None].transpose(-1, -2) * ctx.scaling  # [B, Hkv, G, T, E]
+    if ctx.softcap is not None:
+        logits = torch.tanh(logits / ctx.softcap) * ctx.softcap
+    logits = logits + extra.logw.to(wide)[:, :, None, None]
+    mass = logits.logsumexp(-1)  # [B, Hkv, G, T]
+    weights = (logits - mass.masked_fill(mass == float("-inf"), 0.0)[..., None]).exp()
+    theirs = (weights @ extra.v.to(wide)[:, :, None]).flatten(1, 2).transpose(1, 2)  # [B, T, Hq, D]
+    return _sum(out, lse, theirs.to(wide), mass.flatten(1, 2))
+
+
 class _Total:
     """The sum of terms: rows covered once are copied, rows covered again are merged in fp32."""
 
@@ -175,11 +197,7 @@ class _Total:
     def _merge(self, start: int, stop: int, out: Tensor, lse: Any) -> None:
         if lse is None:
             raise ConfigError("terms that share query rows need `merges = True` on the patch.")
-        old = self.lse[:, :, start:stop]
-        both = torch.logaddexp(old, lse)
-        safe = both.masked_fill(both == float("-inf"), 0.0)  # a row that sees nothing in either stays zero
-        mine, theirs = ((x - safe).exp().transpose(1, 2)[..., None] for x in (old, lse))  # [B, r, Hq, 1]
-        merged = (self.out[:, start:stop].float() * mine + out.float() * theirs).to(out.dtype)
+        merged, both = _sum(self.out[:, start:stop], self.lse[:, :, start:stop], out, lse)
         if (start, stop) == (0, self.q.shape[2]):
             self.out, self.lse = merged, both
         else:

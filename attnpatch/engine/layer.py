@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from attnpatch.engine.call import KV
 from attnpatch.engine.ragged import Packed, PackedKV
-from attnpatch.engine.slots import gather, own
+from attnpatch.engine.slots import gather, moved, own
 from attnpatch.errors import InputError, UnsupportedModeError
 
 if TYPE_CHECKING:
@@ -334,9 +334,7 @@ class PatchLayer(DynamicLayer):
         to = torch.where(drop < 0, newest, drop)
         packed.drop(drop, keep.limit or packed.allotted)
         self.count, self.complete, self.compressed_turn, self.tokens_since = packed.count, False, turn, 0
-        self._tokens(
-            lambda t: t.scatter(-1, to[:, : t.shape[1]], t.gather(-1, newest[:, : t.shape[1]]))[..., : self.held]
-        )
+        self._tokens(lambda t: moved(t, newest, to)[..., : self.held])
         self._zero_free()
 
     def _apply(self, keep: KeepSet, turn: int) -> None:
@@ -383,9 +381,8 @@ class PatchLayer(DynamicLayer):
         for x in (self.keys, self.values):
             wide = [i[..., None].expand(-1, -1, -1, x.shape[-1]) for i in (drop, newest)]
             x.scatter_(2, wide[0], x.gather(2, wide[1]))
-        pos = pos.expand(-1, heads, -1)
-        pos = pos.scatter(-1, drop, pos.gather(-1, newest))
-        self._tokens(lambda t: t.scatter(-1, drop[:, : t.shape[1]], t.gather(-1, newest[:, : t.shape[1]])))
+        pos = moved(pos.expand(-1, heads, -1), newest, drop)
+        self._tokens(lambda t: moved(t, newest, drop))
         self._spare = None
         if shrink:
             self._spare = (self.keys, self.values)

@@ -19,6 +19,14 @@ SMALL = {
     "flexprefill": {"gamma": 0.6, "min_budget": 32, "block_size": 16},
     "xattention": {"threshold": 0.5, "stride": 4, "block_size": 32},
     "minference": {"vertical": 30, "slash": 100},
+    "sale": {
+        "tau": 1000.0,
+        "dense_up_to": 48,
+        "block_size_q": 32,
+        "block_size_k": 16,
+        "local_window": 16,
+        "segment": 16,
+    },
 }
 PATCHES = [name for name in SMALL if name in list_patches()]
 WIDE = [name for name in FULL if name != "gemma2"]  # soft-capping: these methods leave Gemma2 dense

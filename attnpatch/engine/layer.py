@@ -322,13 +322,17 @@ class PatchLayer(DynamicLayer):
         self._zero_free()
         self._set_pos(pos if self.count is None else pos.masked_fill(self._free(), -1), following)
 
-    def record(self, term: Selection, rows: int, slots: int) -> None:
-        """Add a term's listed pages to the layer's density; the host does not wait."""
+    def record(self, term: Selection, rows: int, slots: int, again: bool = False) -> None:
+        """Add a term's listed pages to the layer's density; the host does not wait.
+
+        again: an earlier term covers the same rows, so that their causal pages are counted.
+        """
         if term.index is None or not term.bq:
             return
-        start, stop, _ = (term.rows or slice(None)).indices(rows)
-        ends = range(slots - rows + min(start + term.bq, stop), slots - rows + stop + term.bq, term.bq)
-        self.grid += sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
+        if not again:
+            start, stop, _ = (term.rows or slice(None)).indices(rows)
+            ends = range(slots - rows + min(start + term.bq, stop), slots - rows + stop + term.bq, term.bq)
+            self.grid += sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
         width = term.index.new_full(term.index.shape[:-1], term.index.shape[-1]) if term.count is None else term.count
         pages = width.float().sum(-1).expand(self.keys.shape[0], -1)
         self.pages = pages if self.pages is None else self.pages + pages

@@ -56,10 +56,10 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         query = q if term.at is None else _turned(call, index, q, term, ctx)
         since = None if begin is None else watch.mark()
         result = dispatch.run(query, kv, term, ctx, total.want_lse)
-        total.add(term.rows, *result)
+        again = total.add(term.rows, *result)
         if since is not None:
             watch.note("computing", since)
-        layer.record(term, q.shape[2], kv.k.shape[2])
+        layer.record(term, q.shape[2], kv.k.shape[2], again=again)
         if not layer.backend and (term.index is not None or term.columns is not None):
             layer.backend = dispatch.explain(q, kv, term, ctx)
         return result
@@ -85,6 +85,19 @@ def each_term(
         except StopIteration:
             return
         answer = compute(term)
+
+
+def summed(decision: Any, q: Tensor, kv: KV, ctx: Ctx) -> Result:
+    """(out [B, T, Hq, D], lse [B, Hq, T]) of a decision, outside a model; for what measures a method."""
+    total = _Total(q, True)
+
+    def compute(term: Selection) -> Result:
+        result = dispatch.run(q, kv, term, ctx, True)
+        total.add(term.rows, *result)
+        return result
+
+    each_term(decision, compute)
+    return total.result()
 
 
 def reweigh(patches: Sequence[Patch], q: Tensor, kv: KV, ctx: Ctx, out: Tensor, lse: Tensor | None) -> Tensor:
@@ -141,8 +154,8 @@ class _Total:
         self.lse: Any = None  # [B, Hq, T]
         self.covered: list[tuple[int, int]] = []
 
-    def add(self, rows: slice | None, out: Tensor, lse: Tensor | None) -> None:
-        """out [B, rows, Hq, D], lse [B, Hq, rows]."""
+    def add(self, rows: slice | None, out: Tensor, lse: Tensor | None) -> bool:
+        """out [B, rows, Hq, D], lse [B, Hq, rows]. Whether an earlier term covered these rows."""
         batch, heads, length, dim = self.q.shape
         start, stop, _ = (rows or slice(None)).indices(length)
         if self.out is None and (start, stop) == (0, length):
@@ -150,7 +163,8 @@ class _Total:
         elif self.out is None:
             self.out = out.new_zeros(batch, length, heads, out.shape[-1])
             self.lse = None if lse is None else lse.new_full((batch, heads, length), float("-inf"))
-        if (start, stop) in self.covered:
+        again = (start, stop) in self.covered
+        if again:
             self._merge(start, stop, out, lse)
         elif any(start < b and a < stop for a, b in self.covered):
             raise ConfigError("terms of one decision must cover the same query rows, or rows that do not overlap.")
@@ -159,6 +173,7 @@ class _Total:
             if lse is not None:
                 self.lse[:, :, start:stop] = lse
         self.covered.append((start, stop))
+        return again
 
     def _merge(self, start: int, stop: int, out: Tensor, lse: Any) -> None:
         if lse is None:

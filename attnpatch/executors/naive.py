@@ -238,3 +238,18 @@ def density(selection: Any, kv: Any, q_pos: torch.Tensor, heads: int) -> torch.T
     q_pos = q_pos[:, selection.rows or slice(None)]
     seen = visible(kv, q_pos).expand(-1, heads, -1, -1)
     return (seen & selected(selection, kv, q_pos, heads)).sum((-1, -2)) / seen.sum((-1, -2))
+
+
+def pages_above(
+    q: Any, k: Any, bias: torch.Tensor, limit: torch.Tensor, *, start: int, page: int, block: int
+) -> torch.Tensor:
+    """The reference for `low_bit.pages_above`: bool [B, Hq, R, n / page]. q, k: `low_bit.Low` of queries and keys."""
+    group = q.values.shape[1] // k.values.shape[1]
+    wide, keys = (x.values.double() * x.scale.double()[..., None] for x in (q, k))
+    above = wide @ keys.repeat_interleave(group, 1).transpose(-1, -2) + bias[:, :, None] > limit[..., None]
+    first, rows = start // block, wide.shape[2]
+    found = torch.zeros(*above.shape[:2], -(-(start + rows) // block) - first, bias.shape[-1] // page, dtype=torch.bool)
+    for i in range(found.shape[2]):
+        part = above[:, :, max(0, (first + i) * block - start) : (first + i + 1) * block - start]
+        found[:, :, i] = part.any(2).unflatten(-1, (-1, page)).any(-1)
+    return found

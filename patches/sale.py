@@ -40,16 +40,14 @@ class SALE(Patch):
     below 1e-5 a head is dense.
 
     Chosen here where the spec leaves it open: the threshold is fixed from the first part (the reference's two-pass
-    form); scales belong to single tokens unless `scales` says otherwise; the mean of the keys is over all keys held, that
-    of the queries over this chunk's. A row of a batch with no more than `dense_up_to` tokens comes out dense. Query
+    form); scales belong to single tokens unless `scales` says otherwise; the mean of the keys is over all keys held,
+    that of the queries over this chunk's. A row of a batch with no more than `dense_up_to` tokens is dense. Query
     blocks lie at absolute multiples of `block_size_q`.
     """
 
     tau: Any = option(0.004, "least weight, relative to first and local keys; a number, or a list per layer and head")
     bits: int = option(4, "bits of the estimate's queries and keys", choices=(4, 8))
-    scales: str = option(
-        "token", "what shares a scale: one token, or those of a CUDA thread", choices=("token", "thread")
-    )
+    scales: str = option("token", "what shares a scale: one token, or a CUDA thread's", choices=("token", "thread"))
     block_size_q: int = option(64, "queries of a block", choices=(32, 64, 128))
     block_size_k: int = option(32, "keys of a block; the first block is always read", choices=(16, 32, 64))
     local_window: int = option(128, "last keys of every query that are always read", low=1)
@@ -120,11 +118,10 @@ class SALE(Patch):
         for rows, first, last in selecting.stripes(start, q.shape[2], bq, q.shape[0] * q.shape[1] * max(1, bq // page)):
             block = torch.arange(first, last, device=q.device)[:, None]  # [R, 1]
             at = torch.arange(-(-min(last * bq, kv.S) // page), device=q.device)
-            local, real = self._between(block), block * bq < end[:, None, None, None]  # [B, 1, R, 1]
+            tokens = end[:, None, None, None]
+            local, real = self._between(block), block * bq < tokens  # [R, 1], [B, 1, R, 1]
             near = (
-                ((at == 0) | (at >= local) | short)
-                & (at * page < torch.minimum((block + 1) * bq, end[:, None, None, None]))
-                & real
+                ((at == 0) | (at >= local) | short) & (at * page < torch.minimum((block + 1) * bq, tokens)) & real
             )  # [B, 1, R, W]
             index, count = lists.pack(near)
             _, lse = yield Selection(index=index, count=count, page=page, bq=bq, rows=rows)

@@ -19,6 +19,7 @@ SMALL = {
     "flexprefill": {"gamma": 0.6, "min_budget": 32, "block_size": 16},
     "xattention": {"threshold": 0.5, "stride": 4, "block_size": 32},
     "minference": {"vertical": 30, "slash": 100},
+    "hyperattention": {"block_size": 16, "sample_size": 16, "min_seq_len": 64},
     "sale": {
         "tau": 1000.0,
         "dense_up_to": 48,

@@ -152,7 +152,7 @@ class _Total:
         self.q, self.want_lse = q, want_lse
         self.out: Any = None  # [B, T, Hq, D]
         self.lse: Any = None  # [B, Hq, T]
-        self.covered: list[tuple[int, int]] = []
+        self.covered: list[tuple[int, int]] = []  # disjoint
 
     def add(self, rows: slice | None, out: Tensor, lse: Tensor | None) -> bool:
         """out [B, rows, Hq, D], lse [B, Hq, rows]. Whether an earlier term covered these rows."""
@@ -163,7 +163,7 @@ class _Total:
         elif self.out is None:
             self.out = out.new_zeros(batch, length, heads, out.shape[-1])
             self.lse = None if lse is None else lse.new_full((batch, heads, length), float("-inf"))
-        again = (start, stop) in self.covered
+        again = sum(max(0, min(b, stop) - max(a, start)) for a, b in self.covered) == stop - start
         if again:
             self._merge(start, stop, out, lse)
         elif any(start < b and a < stop for a, b in self.covered):
@@ -172,7 +172,8 @@ class _Total:
             self.out[:, start:stop] = out
             if lse is not None:
                 self.lse[:, :, start:stop] = lse
-        self.covered.append((start, stop))
+        if not again:
+            self.covered.append((start, stop))
         return again
 
     def _merge(self, start: int, stop: int, out: Tensor, lse: Any) -> None:

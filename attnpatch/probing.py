@@ -20,8 +20,8 @@ def probe(
 
     patch: a name or a Patch object. q: [B, Hq, N, D] (or the last queries [B, Hq, T, D]); k, v: [B, Hkv, N, D],
     rotated as the model rotates them. padding: bool [B, N], True for real tokens; slots of the answer then count a
-    row's real tokens. state: layer, n_layers, softcap, event ("prompt" | "chunk"), tail, prompt_len, budget and the
-    patch's own hyperparameters. Raises InputError on shapes that do not fit, ConfigError on an unknown keyword.
+    row's real tokens. state: layer, n_layers, softcap, event ("prompt" | "chunk"), tail, prompt_len, turn (of a method
+    that re-numbers positions: see Ctx), budget and the patch's own hyperparameters. Raises InputError on shapes that do not fit, ConfigError on an unknown keyword.
     """
     import torch
 
@@ -30,7 +30,7 @@ def probe(
     from attnpatch.engine.call import KV, Ctx
     from attnpatch.executors import dense
 
-    known = {name: state.pop(name) for name in ("layer", "n_layers", "softcap", "event", "tail", "prompt_len")
+    known = {name: state.pop(name) for name in ("layer", "n_layers", "softcap", "event", "tail", "prompt_len", "turn")
              if name in state}  # fmt: skip
     patches = resolve(patch, **state)
     if len(patches) != 1:
@@ -50,7 +50,7 @@ def probe(
         known.get("layer", 0), known.get("n_layers", 1), "prefill", known.get("event", "prompt"), q_pos, tuple(lengths),
         k.shape[-1] ** -0.5 if scaling is None else scaling, known.get("softcap"),
     )  # fmt: skip
-    ctx.ragged = padding is not None
+    ctx.ragged, ctx.turn = padding is not None, known.get("turn")
     ctx.bytes_per_token = float((k[0, :, 0].numel() + v[0, :, 0].numel()) * k.element_size() * ctx.n_layers)
     if method.query_tail:
         last = q_pos.argsort(dim=-1, stable=True)[:, -method.query_tail :]

@@ -136,8 +136,12 @@ def _too_short(patch: Patch, kv: KV, limits: Limits | None) -> str:
 def _turned(call: Call, index: int, q: Tensor, term: Selection, ctx: Ctx) -> Tensor:
     """q with the rows of the term rotated to the positions `term.at`."""
     rows = term.rows or slice(None)
-    by: Tensor = term.at - ctx.q_pos[:, rows]  # type: ignore[operator]
-    moved = call.plan.rope.turn(q[:, :, rows], index, by)
+    at: Tensor = term.at  # type: ignore[assignment]
+    if at.ndim == 2:
+        moved = call.plan.rope.turn(q[:, :, rows], index, at - ctx.q_pos[:, rows])
+    else:  # every head on its own, as a row of a batch
+        by = (at - ctx.q_pos[:, None, rows]).flatten(0, 1)
+        moved = call.plan.rope.turn(q[:, :, rows].flatten(0, 1)[:, None], index, by).view_as(q[:, :, rows])
     if term.rows is None:
         return moved
     whole = q.clone()

@@ -21,7 +21,8 @@ def probe(
     patch: a name or a Patch object. q: [B, Hq, N, D] (or the last queries [B, Hq, T, D]); k, v: [B, Hkv, N, D],
     rotated as the model rotates them. padding: bool [B, N], True for real tokens; slots of the answer then count a
     row's real tokens. state: layer, n_layers, softcap, event ("prompt" | "chunk"), tail, prompt_len, turn (of a method
-    that re-numbers positions: see Ctx), budget and the patch's own hyperparameters. Raises InputError on shapes that do not fit, ConfigError on an unknown keyword.
+    that re-numbers positions: see Ctx), budget and the patch's own hyperparameters. Raises InputError on shapes that do
+    not fit, ConfigError on an unknown keyword.
     """
     import torch
 
@@ -72,7 +73,7 @@ def _run_through(decision: Any, q: Any, kv: Any, ctx: Any) -> Any:
     """The terms of a decision; a generator is sent what each term would have given."""
     from collections.abc import Generator
 
-    from attnpatch.engine.terms import each_term
+    from attnpatch.engine.terms import each_term, turned
     from attnpatch.executors import dispatch
 
     if not isinstance(decision, Generator):
@@ -81,7 +82,8 @@ def _run_through(decision: Any, q: Any, kv: Any, ctx: Any) -> Any:
 
     def compute(term: Any) -> Any:
         terms.append(term)
-        return dispatch.run(q, kv, term, ctx, True)
+        query = q if ctx.turn is None else turned(q, term, ctx)  # what a term gives does not count unless turned
+        return dispatch.run(query, kv, term, ctx, True)
 
     each_term(decision, compute)
     return terms

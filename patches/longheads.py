@@ -23,15 +23,15 @@ FEATURES, QUERIES, SEEN = "longheads_features", "longheads_queries", "longheads_
 class LongHeads(Patch):
     """LongHeads (arXiv 2402.10685, EMNLP 2024 Findings; LuLuLuyi/LongHeads). Prompt and decoding, full cache.
 
-    From token `begin` on, a query attends, per query head, `atten_length` keys: the first chunk of `window_size` tokens,
-    its own up to itself, the one before, and the best others by the query's product with a chunk's feature (what the
-    chunk's mean output finds in the chunk's keys). The keys count as if they stood side by side, so no distance exceeds
-    `atten_length`, which should not exceed the trained window. Queries before `begin` are dense.
+    From token `begin` on, a query attends, per query head, `atten_length` keys: the first chunk of `window_size`
+    tokens, its own up to itself, the one before, and the best others by the query's product with a chunk's feature
+    (what the chunk's mean output finds in the chunk's keys). The keys count as if they stood side by side, so no
+    distance exceeds `atten_length`, which should not exceed the trained window. Queries before `begin` are dense.
 
     Keys stay as the model rotated them; the query is turned for each chunk, which is the same. Ties go to the earlier
     chunk. A query attends itself in the prompt too (the released code leaves it out). As released, a decode step that
-    completes a chunk reads one chunk less. A later turn of a padded batch, or a cropped cache, stays dense from there on:
-    features need the queries of their chunk.
+    completes a chunk reads one chunk less. A later turn of a padded batch, or a cropped cache, stays dense from there
+    on: features need the queries of their chunk.
     """
 
     window_size: int = option(256, "tokens of a chunk", low=4)
@@ -52,7 +52,8 @@ class LongHeads(Patch):
         for name in ("atten_length", "begin"):
             if getattr(self, name) % w:
                 raise ConfigError(
-                    f"{self.name}: {name}={getattr(self, name)} is not a multiple of window_size={w}; change one of them."
+                    f"{self.name}: {name}={getattr(self, name)} is not a multiple of window_size={w}; "
+                    "change one of them."
                 )
         if self.chunks < 4:
             raise ConfigError(
@@ -60,8 +61,8 @@ class LongHeads(Patch):
             )
         if self.begin < self.atten_length:
             raise ConfigError(
-                f"{self.name}: begin={self.begin} is below atten_length={self.atten_length}, where there are fewer chunks "
-                "than a query reads; raise it."
+                f"{self.name}: begin={self.begin} is below atten_length={self.atten_length}, where there are fewer "
+                "chunks than a query reads; raise it."
             )
 
     @property
@@ -77,7 +78,9 @@ class LongHeads(Patch):
         if ctx.softcap is not None:
             return None
         if ctx.turn is None:
-            raise ConfigError(f"{self.name} turns queries to other positions; give turn(x, by), as a patched model does.")
+            raise ConfigError(
+                f"{self.name} turns queries to other positions; give turn(x, by), as a patched model does."
+            )
         if not self._learn(q, kv, ctx) or kv.S <= self.begin:
             return None
         return self._step(q, kv, ctx) if ctx.event == "step" else self._prompt(q, kv, ctx)
@@ -200,7 +203,9 @@ class LongHeads(Patch):
         at = (chunk * w + torch.arange(w, device=q.device)).clamp(max=kv.S - 1)  # [B, w]
         keys, values = (x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (kv.k, kv.v))
         keys = ctx.turn(keys.float(), (-chunk * w).expand(-1, w))
-        new = self.features(held[:, :, None], keys[:, :, None], values.float()[:, :, None], ctx.scaling)  # [B, Hq, 1, D]
+        new = self.features(
+            held[:, :, None], keys[:, :, None], values.float()[:, :, None], ctx.scaling
+        )  # [B, Hq, 1, D]
         known = kv.rows[FEATURES]
         room = -(-kv.S // w) - known.shape[2]
         known = torch.nn.functional.pad(known, (0, 0, 0, room)) if room > 0 else known

@@ -53,7 +53,7 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
     total = _Total(q, lse or patch.merges)
 
     def compute(term: Selection) -> Result:
-        query = q if term.at is None else _turned(call, index, q, term, ctx)
+        query = turned(q, term, ctx)
         since = None if begin is None else watch.mark()
         result = dispatch.run(query, kv, term, ctx, total.want_lse)
         again = total.add(term.rows, *result)
@@ -92,7 +92,7 @@ def summed(decision: Any, q: Tensor, kv: KV, ctx: Ctx) -> Result:
     total = _Total(q, True)
 
     def compute(term: Selection) -> Result:
-        result = dispatch.run(q, kv, term, ctx, True)
+        result = dispatch.run(turned(q, term, ctx), kv, term, ctx, True)
         total.add(term.rows, *result)
         return result
 
@@ -133,15 +133,16 @@ def _too_short(patch: Patch, kv: KV, limits: Limits | None) -> str:
     return f"dense: {kv.S} tokens, and {patch.name} pays here from {limits.tokens} (attnpatch doctor)"
 
 
-def _turned(call: Call, index: int, q: Tensor, term: Selection, ctx: Ctx) -> Tensor:
-    """q with the rows of the term rotated to the positions `term.at`."""
+def turned(q: Tensor, term: Selection, ctx: Ctx) -> Tensor:
+    """q [B, Hq, T, D] with the rows of the term rotated to the positions `term.at`; q itself where there are none."""
+    if term.at is None:
+        return q
     rows = term.rows or slice(None)
-    at: Tensor = term.at  # type: ignore[assignment]
-    if at.ndim == 2:
-        moved = call.plan.rope.turn(q[:, :, rows], index, at - ctx.q_pos[:, rows])
+    if term.at.ndim == 2:
+        moved = ctx.turn(q[:, :, rows], term.at - ctx.q_pos[:, rows])
     else:  # every head on its own, as a row of a batch
-        by = (at - ctx.q_pos[:, None, rows]).flatten(0, 1)
-        moved = call.plan.rope.turn(q[:, :, rows].flatten(0, 1)[:, None], index, by).view_as(q[:, :, rows])
+        by = (term.at - ctx.q_pos[:, None, rows]).flatten(0, 1)
+        moved = ctx.turn(q[:, :, rows].flatten(0, 1)[:, None], by).view_as(q[:, :, rows])
     if term.rows is None:
         return moved
     whole = q.clone()

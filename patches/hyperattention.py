@@ -172,8 +172,8 @@ class HyperAttention(Patch):
         most = max(len(row) for row in found)
         table = torch.tensor([row + [(0, 0, 0)] * (most - len(row)) for row in found]).to(q.device, non_blocking=True)
         first, end, low = (x[:, None, :, None] for x in table.unbind(-1))  # [B, 1, R, 1]
-        row = first + torch.arange(ROWS, device=q.device)
-        groups = torch.where(row < end, row - start, -1).to(torch.int32)
+        at = first + torch.arange(ROWS, device=q.device)
+        groups = torch.where(at < end, at - start, -1).to(torch.int32)
         slot = low + torch.arange(max(b - a for rows in found for _, b, a in rows), device=q.device)
         return Selection(index=torch.where(slot < end, slot, -1).to(torch.int32), groups=groups)
 

@@ -190,6 +190,27 @@ def test_1_the_ends_of_the_threshold():
     assert torch.equal(mixed[0, 0], j <= i) and torch.equal(mixed[0, 1], none[0, 1])
 
 
+@pytest.mark.parametrize(
+    ("patch", "given"),
+    [
+        ("sale", {"tau": 0.0, "dense_up_to": 64}),
+        ("hyperattention", {"block_size": 256, "min_seq_len": 128}),
+        ("longheads", {"window_size": 64, "atten_length": 320, "begin": 320}),
+    ],
+    ids=["sale", "hyperattention", "longheads"],
+)
+def test_1_a_model_is_dense_where_everything_is_read(patch, given):
+    model, ids = tiny("qwen3"), torch.randint(2, 97, (2, 300), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :41] = 0
+    pos = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(ids * mask, attention_mask=mask, position_ids=pos).logits
+        with attnpatch.patched(model, patch, **given):
+            got = model(ids * mask, attention_mask=mask, position_ids=pos).logits
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=5e-5, rtol=0)
+
+
 def test_2_nested_in_the_threshold():
     given = layer(*structured(700))
     maps = [pairs(options(tau), *given) for tau in (INF, 0.5, 0.2, 0.05, 0.0)]

@@ -60,7 +60,8 @@ def pages_above(
     The estimate of query i and key j is (q values . k values) * q scale * k scale + bias[j].
     q: of [B, Hq, T, D], row t at position start + t; k: of [B, Hkv, n, D], n a multiple of `page`; bias fp [B, Hq, n];
     limit: fp [B, Hq, T], +inf = the row asks for nothing. R: blocks of `block` rows at absolute multiples of it.
-    Causality is the caller's. Memory is bounded (column_sums.MAX_BLOCK), nothing waits for the device.
+    Pages behind a block's last row are False; finer causality is the caller's. Memory is bounded
+    (column_sums.MAX_BLOCK), nothing waits for the device.
     """
     (batch, heads, tokens, dim), (kv_heads, keys) = q.values.shape, k.values.shape[1:3]
     group, front = heads // kv_heads, start % block
@@ -78,11 +79,13 @@ def pages_above(
     for a in range(0, rows, step):
         part = slice(a, min(a + step, rows))
         left = operand(values[:, :, :, part].reshape(batch, kv_heads, -1, dim))
-        for b in range(0, keys, width):
-            at = slice(b, min(b + width, keys))
+        seen = min(keys, -(-(start - front + part.stop) // page) * page)  # nobody asks for later ones
+        for b in range(0, seen, width):
+            at = slice(b, min(b + width, seen))
             x = matmul(left, turned[..., at]).view(batch, kv_heads, group, part.stop - a, -1)
             x = x.mul_(scale[:, :, :, part]).mul_(k.scale[:, :, None, None, at]).add_(bias[..., at])
             above = (x > limit[:, :, :, part]).unflatten(-1, (-1, page)).any(-1)
             above = above.unflatten(3, (-1, block)).any(4)  # [B, Hkv, G, R, W]
             found[:, :, a // block : part.stop // block, b // page : at.stop // page] = above.flatten(1, 2)
-    return found
+    last = start - front + block * torch.arange(1, rows // block + 1, device=found.device)[:, None]
+    return found & (torch.arange(keys // page, device=found.device) * page < last)

@@ -272,4 +272,5 @@ def pages_above(
     for i in range(found.shape[2]):
         part = above[:, :, max(0, (first + i) * block - start) : (first + i + 1) * block - start]
         found[:, :, i] = part.any(2).unflatten(-1, (-1, page)).any(-1)
+        found[:, :, i, -(-(first + i + 1) * block // page) :] = False  # behind the block
     return found

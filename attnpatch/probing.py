@@ -20,8 +20,9 @@ def probe(
 
     patch: a name or a Patch object. q: [B, Hq, N, D] (or the last queries [B, Hq, T, D]); k, v: [B, Hkv, N, D],
     rotated as the model rotates them. padding: bool [B, N], True for real tokens; slots of the answer then count a
-    row's real tokens. state: layer, n_layers, softcap, event ("prompt" | "chunk"), tail, prompt_len, budget and the
-    patch's own hyperparameters. Raises InputError on shapes that do not fit, ConfigError on an unknown keyword.
+    row's real tokens. state: layer, n_layers, softcap, event ("prompt" | "chunk"), tail, prompt_len, turn (of a method
+    that re-numbers positions: see Ctx), budget and the patch's own hyperparameters. Raises InputError on shapes that do
+    not fit, ConfigError on an unknown keyword.
     """
     import torch
 
@@ -30,7 +31,7 @@ def probe(
     from attnpatch.engine.call import KV, Ctx
     from attnpatch.executors import dense
 
-    known = {name: state.pop(name) for name in ("layer", "n_layers", "softcap", "event", "tail", "prompt_len")
+    known = {name: state.pop(name) for name in ("layer", "n_layers", "softcap", "event", "tail", "prompt_len", "turn")
              if name in state}  # fmt: skip
     patches = resolve(patch, **state)
     if len(patches) != 1:
@@ -50,7 +51,7 @@ def probe(
         known.get("layer", 0), known.get("n_layers", 1), "prefill", known.get("event", "prompt"), q_pos, tuple(lengths),
         k.shape[-1] ** -0.5 if scaling is None else scaling, known.get("softcap"),
     )  # fmt: skip
-    ctx.ragged = padding is not None
+    ctx.ragged, ctx.turn = padding is not None, known.get("turn")
     ctx.bytes_per_token = float((k[0, :, 0].numel() + v[0, :, 0].numel()) * k.element_size() * ctx.n_layers)
     if method.query_tail:
         last = q_pos.argsort(dim=-1, stable=True)[:, -method.query_tail :]
@@ -72,7 +73,7 @@ def _run_through(decision: Any, q: Any, kv: Any, ctx: Any) -> Any:
     """The terms of a decision; a generator is sent what each term would have given."""
     from collections.abc import Generator
 
-    from attnpatch.engine.terms import each_term
+    from attnpatch.engine.terms import each_term, turned
     from attnpatch.executors import dispatch
 
     if not isinstance(decision, Generator):
@@ -81,7 +82,8 @@ def _run_through(decision: Any, q: Any, kv: Any, ctx: Any) -> Any:
 
     def compute(term: Any) -> Any:
         terms.append(term)
-        return dispatch.run(q, kv, term, ctx, True)
+        query = q if ctx.turn is None else turned(q, term, ctx)  # what a term gives does not count unless turned
+        return dispatch.run(query, kv, term, ctx, True)
 
     each_term(decision, compute)
     return terms

@@ -795,7 +795,8 @@ class Waits(TorchDispatchMode):
 def test_decode_steps_never_wait_for_the_device(model, patch, padded):
     small = {"budget": 24} if "budget" in attnpatch.list_patches()[patch].__dataclass_fields__ else {}
     small |= {"window_size": 4} if patch in ("snapkv", "pyramidkv", "random") else {}
-    small |= {"zerotuning": {"gamma": 2.0}, "act": {"heads": "all"}}.get(patch, {})
+    active = {"window_size": 4, "atten_length": 16, "begin": 16}
+    small |= {"zerotuning": {"gamma": 2.0}, "act": {"heads": "all"}, "longheads": active}.get(patch, {})
     mask = torch.ones(2, 60).long()
     mask[1, : 20 * padded] = 0
     with attnpatch.patched(model, patch, **small), torch.no_grad():

@@ -52,7 +52,7 @@ class PatchLayer(DynamicLayer):
         self.plain: dict[str, Any] = {}
         self.note = ""  # why the last call ran dense under a selecting method
         self.backend = ""  # what computed its lists
-        self.pages: Any = None  # pages attended so far, fp32 [B, H]; of `grid` causal ones
+        self.pages: Any = None  # pairs of attended pages so far, fp32 [B, H]; of `grid` of causal pages
         self.grid = 0
         self.watch: Any = None  # Stopwatch of choosing and computing in prefill
         self.report: dict[str, Tensor] = {}  # what a method tells of itself, for status
@@ -322,15 +322,24 @@ class PatchLayer(DynamicLayer):
         self._zero_free()
         self._set_pos(pos if self.count is None else pos.masked_fill(self._free(), -1), following)
 
-    def record(self, term: Selection, rows: int, slots: int) -> None:
-        """Add a term's listed pages to the layer's density; the host does not wait."""
-        if term.index is None or not term.bq:
+    def record(self, term: Selection, rows: int, slots: int, again: bool = False) -> None:
+        """Add a term's listed pages to the layer's density; the host does not wait.
+
+        again: an earlier term covers the same rows, so that their causal pages are counted.
+        """
+        if term.index is None or not (term.bq or term.groups is not None):
             return
-        start, stop, _ = (term.rows or slice(None)).indices(rows)
-        ends = range(slots - rows + min(start + term.bq, stop), slots - rows + stop + term.bq, term.bq)
-        self.grid += sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
-        width = term.index.new_full(term.index.shape[:-1], term.index.shape[-1]) if term.count is None else term.count
-        pages = width.float().sum(-1).expand(self.keys.shape[0], -1)
+        bq, index = term.bq or 1, term.index
+        cell = bq * term.page  # pairs of a page and a list
+        if not again:
+            start, stop, _ = (term.rows or slice(None)).indices(rows)
+            ends = range(slots - rows + min(start + bq, stop), slots - rows + stop + bq, bq)
+            self.grid += cell * sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
+        width = index.new_full(index.shape[:-1], index.shape[-1]) if term.count is None else term.count
+        if term.groups is not None:
+            named = index >= 0 if term.weight is None else (index >= 0) & (term.weight > float("-inf"))
+            width = named.sum(-1) * (term.groups >= 0).sum(-1)  # [B|1, H, R]
+        pages = width.float().sum(-1).expand(self.keys.shape[0], -1) * cell
         self.pages = pages if self.pages is None else self.pages + pages
 
     def bytes_held(self) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from attnpatch import __version__
-from attnpatch.cli import ask, compare, demo, doctor, explain, generate, listing, recipe, verify
+from attnpatch.cli import ask, compare, demo, doctor, evaluate, explain, generate, harness, listing, recipe, verify
 from attnpatch.errors import AttnPatchError
 
 app = typer.Typer(
@@ -43,6 +43,8 @@ app.command("explain")(explain.explain)
 app.command("generate")(generate.generate)
 app.command("ask")(ask.ask)
 app.command("compare")(compare.compare)
+app.command("evaluate")(evaluate.evaluate)
+app.command("lm-eval", context_settings=harness.CONTEXT, add_help_option=True)(harness.lm_eval)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipe.app, name="recipe")

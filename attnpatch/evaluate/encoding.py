@@ -41,7 +41,9 @@ class Encoded:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest single prompt."""
+        """Tokens of the longest prompt, answers not counted: of all turns, or of one question."""
+        if self.later:
+            return len(self.head) + len(self.asks[0]) + sum(map(len, self.later[1:]))
         return len(self.head) + max(map(len, self.asks))
 
 

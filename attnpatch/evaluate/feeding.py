@@ -99,7 +99,7 @@ def copied(cache: Any) -> Any:
         return None
 
 
-def bytes_of(model: Any, cache: Any) -> tuple[int, int]:
+def bytes_of(cache: Any) -> tuple[int, int]:
     """(bytes of K and V held, bytes the un-patched cache would hold) of a cache."""
     from attnpatch.engine.cache import summarise
 

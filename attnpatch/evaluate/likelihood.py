@@ -8,6 +8,7 @@ last token is fed with the continuation, so even the first scored token attends 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.errors import InputError
@@ -21,10 +22,21 @@ METRIC = "loglikelihood"  # of samples whose question is a continuation to be sc
 CONTINUATION = 128
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A continuation's log-probabilities fp32 [M] on the CPU, whether greedy decoding would give it, and K and V bytes
+    held and dense at its end."""
+
+    logs: Tensor
+    greedy: bool
+    held: int = 0
+    dense: int = 0
+
+
 def score(
     model: Any, context: Sequence[int], continuations: Sequence[Sequence[int]], by_steps: bool | None = None
-) -> list[tuple[Tensor, bool]]:
-    """Of each continuation of one context: (log-probabilities fp32 [M], whether greedy decoding would give it).
+) -> list[Scored]:
+    """Score each continuation of one context.
 
     The context is prefilled once and its cache copied, or prefilled again where it cannot be copied. by_steps: feed the
     continuation token by token, as decoding does; default: where a patch acts on decode steps. Raises InputError for an
@@ -36,7 +48,7 @@ def score(
         raise InputError("log-likelihood needs a context and continuations of at least one token each.")
     steps = _acts_on_steps(model) if by_steps is None else by_steps
     device = _device(model)
-    scored: list[tuple[Tensor, bool]] = []
+    scored: list[Scored] = []
     with torch.inference_mode():
         cache = _prompt(model, context, device)
         for i, continuation in enumerate(continuations):
@@ -73,7 +85,7 @@ def _prompt(model: Any, context: Sequence[int], device: Any) -> Any:
 
 def _continue(
     model: Any, cache: Any, context: Sequence[int], continuation: Sequence[int], steps: bool, device: Any
-) -> tuple[Tensor, bool]:
+) -> Scored:
     import torch
 
     fed = [context[-1], *continuation[:-1]]
@@ -90,7 +102,8 @@ def _continue(
         logits = torch.cat(rows, dim=1)  # [1, M, V]
     logs = logits[0].float().log_softmax(-1)  # [M, V]
     picked = logs.gather(-1, target[:, None])[:, 0]
-    return picked.cpu(), bool((logs.argmax(-1) == target).all())
+    held, dense = (0, 0) if cache is None else feeding.bytes_of(cache)
+    return Scored(picked.cpu(), bool((logs.argmax(-1) == target).all()), held, dense)
 
 
 def _alone(model: Any, ids: Tensor) -> Tensor:
@@ -112,12 +125,12 @@ def perplexity(model: Any, ids: Sequence[int], context: int, continuation: int =
         )
     import math
 
-    total, count, windows = 0.0, 0, 0
+    total, count, number = 0.0, 0, 0
     for start in range(0, len(ids) - context - continuation + 1, context + continuation):
         middle, stop = start + context, start + context + continuation
-        ((logs, _),) = score(model, ids[start:middle], [ids[middle:stop]])
-        total, count, windows = total - float(logs.sum()), count + len(logs), windows + 1
-    return {"perplexity": math.exp(total / count), "nats": total / count, "tokens": count, "windows": windows}
+        (found,) = score(model, ids[start:middle], [ids[middle:stop]])
+        total, count, number = total - float(found.logs.sum()), count + len(found.logs), number + 1
+    return {"perplexity": math.exp(total / count), "nats": total / count, "tokens": count, "windows": number}
 
 
 def windows(

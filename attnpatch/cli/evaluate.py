@@ -242,10 +242,6 @@ def show(body: dict[str, Any], as_json: bool) -> None:
     """The result as JSON, or as one table a task."""
     if as_json:
         return c.print_json(body)
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     settings = {r["label"]: r["patches"] for r in body["runs"]}
     for label, patches in settings.items():
         for name, values in patches.items():
@@ -253,33 +249,25 @@ def show(body: dict[str, Any], as_json: bool) -> None:
     how = "chat template" if body["chat"] else "raw text"
     typer.echo(f"{body['protocol']}, {how}, {body['dtype']} on {body['device']}")
     for task in body["tasks"]:
-        table = Table(title=Text(f"{task['task']}: {task['metric']}, {task['samples']} samples"), title_justify="left")
-        for name in ("", "n", "score", "95 %", "over dense", "95 %", "verdict", "KV kept"):
-            table.add_column(name, justify="left" if name in ("", "verdict") else "right")
-        for line in task["runs"]:
-            table.add_row(*(Text(cell) for cell in cells(line)))
-        Console().print(table)
+        typer.echo(f"\n{task['task']}: {task['metric']}, {task['samples']} samples")
+        heading = ("", "n", "score [95 %]", "over dense [95 %]", "verdict", "KV kept")
+        c.print_columns([heading, *map(cells, task["runs"])])
         notes(task)
     return None
 
 
-def cells(line: dict[str, Any]) -> list[str]:
+def cells(line: dict[str, Any]) -> tuple[str, ...]:
     """One run as a row of the table."""
     if "score" not in line:
-        return [line["run"], "0", "-", "-", "-", "-", "failed", "-"]
+        return (line["run"], "0", "-", "-", "failed", "-")
     digits = 3 if "perplexity" in line else 1
-    row = [
-        line["run"],
-        str(line["n"]),
-        f"{line['score']:.{digits}f}",
-        f"{line['low']:.{digits}f} to {line['high']:.{digits}f}",
-    ]
-    if (d := line.get("over_dense")) is None:
-        row += ["", "", ""]
-    else:
-        row += [f"{d['mean']:+.{digits}f}", f"{d['low']:+.{digits}f} to {d['high']:+.{digits}f}", d["verdict"]]
+    difference, verdict = "", ""
+    if (d := line.get("over_dense")) is not None:
+        difference = f"{d['mean']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]"
+        verdict = d["verdict"]
+    score = f"{line['score']:.{digits}f} [{line['low']:.{digits}f}, {line['high']:.{digits}f}]"
     share = line.get("kv_share")
-    return [*row, "-" if share is None else f"{share:.1%}"]
+    return (line["run"], str(line["n"]), score, difference, verdict, "-" if share is None else f"{share:.1%}")
 
 
 def notes(task: dict[str, Any]) -> None:

@@ -150,8 +150,8 @@ class Encoder:
         left = len(ids) - (whole.longest + new_tokens - limit)
         while left > 0:
             front = left // 2
-            pieces = ids[:front], ids[len(ids) - (left - front) :]
-            text = "".join(self.tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces)
+            stay = ids[:front] + ids[len(ids) - (left - front) :]  # decoded as one: word tokenizers need the space
+            text = self.tokenizer.decode(stay, skip_special_tokens=False)
             made = self._encode(sample, text, len(ids) - left)
             over = made.longest + new_tokens - limit
             if over <= 0:

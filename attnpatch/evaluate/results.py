@@ -23,9 +23,13 @@ Key = tuple[str, str, str]  # run, task, sample id
 
 def ledgers(out: Path) -> list[Path]:
     """The ledger files beside a result file: the first process's, then others'."""
-    first = out.with_suffix(".samples.jsonl")
-    others = [p for p in out.parent.iterdir() if p.name.startswith(f"{out.stem}.samples.") and p.suffix == ".jsonl"]
-    return [p for p in [first, *sorted(others)] if p.is_file() and (p == first or p.suffixes[-2][1:].isdigit())]
+    first, start = out.with_suffix(".samples.jsonl"), f"{out.stem}.samples."
+    found = {
+        int(rank): path
+        for path in out.parent.iterdir()
+        if path.name.startswith(start) and (rank := path.name[len(start) :].removesuffix(".jsonl")).isdigit()
+    }
+    return [p for p in (first, *(found[rank] for rank in sorted(found))) if p.is_file()]
 
 
 class Ledger:
@@ -63,17 +67,17 @@ class Ledger:
         for number, line in enumerate(lines):
             try:
                 row = json.loads(line)
-                if number == 0:
-                    self._check(path, row["header"])
-                    continue
-                row["run"], row["task"], row["id"]
+                found = row["header"] if number == 0 else (row["run"], row["task"], row["id"])
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(
                     f"{path}: line {number + 1} is no line of a ledger; start over with --fresh."
                 ) from None
-            yield row
+            if number == 0:
+                self._check(path, found)
+            else:
+                yield row
 
-    def _check(self, path: Path, found: Any) -> None:
+    def _check(self, path: Path, found: dict[str, Any]) -> None:
         if found == self.header:
             return
         keys = [k for k in {**self.header, **found} if self.header.get(k) != found.get(k)]

@@ -1,1 +1,1 @@
-"""Quality of a patched model: tasks, formats, metrics, a runner, paired statistics, results."""
+"""Evaluation of a patched model on long-context tasks: samples, metrics, readers of public sets."""

@@ -52,6 +52,14 @@ def check_names(names: Sequence[str]) -> None:
             raise ConfigError(f"task {name!r} is named twice; name it once.")
 
 
+def check_text(names: Sequence[str], text: str | None) -> None:
+    """Raise ConfigError for a text that no task uses."""
+    from attnpatch.evaluate import tasks
+
+    if text is not None and not any(name == PERPLEXITY or tasks.TASKS[name].uses_text for name in names):
+        raise ConfigError("no task named uses --text (they make their own text, or come from --data); leave it out.")
+
+
 def collect(
     tokenizer: Any, names: Sequence[str] = (), data: Sequence[str] = (), kind: str | None = None, *,
     tokens: int = 4096, count: int | None = None, seed: int = 0, text: str | None = None,
@@ -66,6 +74,7 @@ def collect(
     if kind is not None and not data:
         raise ConfigError("--format says what a file of --data holds; give --data FILE too.")
     check_names(names)
+    check_text(names, text)
     made: list[Sample] = []
     for name in names:
         made += _task(tokenizer, name, tokens, count or COUNT, seed, text)
@@ -84,4 +93,5 @@ def _task(tokenizer: Any, name: str, tokens: int, count: int, seed: int, text: s
         return likelihood.windows(tokenizer, tokens, count, seed, text)
     from attnpatch.evaluate import tasks
 
-    return tasks.TASKS[name].samples(tokenizer, tokens, count, seed, text)
+    task = tasks.TASKS[name]
+    return task.samples(tokenizer, tokens, count, seed, text if task.uses_text else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 from attnpatch.errors import ConfigError, InputError
@@ -18,7 +19,6 @@ PROTOCOLS = ("query-aware", "query-agnostic")
 TRUNCATE = ("refuse", "middle")
 QUESTIONS = ("turns", "requests")
 _MARKS = ("attnpatch-first-message", "attnpatch-answer", "attnpatch-second-message")
-_SLOT = re.compile(r"\{context\}|\{question\}")
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,14 @@ class Encoded:
         return len(self.head) + max(map(len, self.asks))
 
 
-def fill(template: str, context: str, question: str) -> str:
-    """The template with both texts, which may themselves hold braces."""
-    return _SLOT.sub(lambda m: context if m[0] == "{context}" else question, template)
+def literals(template: str) -> tuple[str, str, str]:
+    """A template's own text: before the context, between context and question, behind the question."""
+    texts = ["", "", ""]
+    at = 0
+    for text, slot, *_ in Formatter().parse(template):  # an escaped brace ends a piece, too
+        texts[at] += text
+        at += slot is not None
+    return texts[0], texts[1], texts[2]
 
 
 def tokenise(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -124,15 +129,6 @@ class Encoder:
     def encode(self, sample: Sample, new_tokens: int) -> Encoded:
         """Ids of a sample whose answers have up to `new_tokens`. Raises InputError naming the sample."""
         where = f"sample {sample.id!r} of task {sample.task!r}"
-        if not sample.questions:
-            raise InputError(f"{where} has no question; give at least one.")
-        if self.protocol == "query-agnostic":
-            slots = _SLOT.findall(sample.template)
-            if slots[:1] != ["{context}"] or slots.count("{context}") > 1:
-                raise InputError(
-                    f"{where} puts its question before the context, or has no context to compress first; "
-                    "use --protocol query-aware."
-                )
         whole = self._encode(sample, sample.context, 0)
         if self.limit is None or whole.longest + new_tokens <= self.limit:
             return whole
@@ -164,19 +160,19 @@ class Encoder:
 
     def _encode(self, sample: Sample, context: str, cut: int) -> Encoded:
         special = not self.chat
-        texts = [
-            self.open + fill(sample.template, context, q) + self.ask + sample.prefix for q in sample.questions
-        ]  # fmt: skip
+        before, between, behind = literals(sample.template)
+        opening = self.open + before + context
+        texts = [opening + between + q + behind + self.ask + sample.prefix for q in sample.questions]
         rows = [tokenise(self.tokenizer, text, special) for text in texts]
         if not all(rows):
             raise InputError(f"sample {sample.id!r} of task {sample.task!r} has no tokens; give some text.")
-        before, slot, _ = sample.template.partition("{context}")
-        head: list[int] = []
-        if slot and "{question}" not in before:
-            opening = tokenise(self.tokenizer, self.open + before + context, special)
-            head = rows[0][: min(common([opening, *rows]), *(len(r) - 1 for r in rows))]
-        if self.protocol == "query-agnostic" and not head:
-            raise InputError(f"sample {sample.id!r} of task {sample.task!r} has an empty context; give some text.")
+        alike = common([tokenise(self.tokenizer, opening, special), *rows])
+        head = rows[0][: min(alike, *(len(r) - 1 for r in rows))]
+        if self.protocol == "query-agnostic" and not (head and context.strip()):
+            raise InputError(
+                f"sample {sample.id!r} of task {sample.task!r} has no context to compress before its question; use "
+                "--protocol query-aware."
+            )
         asks = tuple(row[len(head) :] for row in rows)
         return Encoded(sample, head, asks, self._later(sample), cut)
 
@@ -184,16 +180,13 @@ class Encoder:
         """Each question as a further turn; nothing where there are no further turns."""
         if len(sample.questions) == 1 or self.questions != "turns":
             return ()
-        rest = sample.template.partition("{context}")[2]
-        lead = rest.partition("{question}")
-        form = (lead[0].lstrip() if self.chat else lead[0]) + lead[1] + lead[2] if lead[1] else "{question}"
-        between = self._between()
-        if not self.chat and not form[0].isspace():
-            form = "\n" + form
-        return tuple(
-            tokenise(self.tokenizer, between + fill(form, "", q) + self.ask + sample.prefix, False)
-            for q in sample.questions
-        )
+        _, lead, behind = literals(sample.template)
+        if self.chat:
+            lead = self._between() + lead.lstrip()
+        elif not lead[:1].isspace():
+            lead = "\n" + lead
+        texts = [lead + q + behind + self.ask + sample.prefix for q in sample.questions]
+        return tuple(tokenise(self.tokenizer, text, False) for text in texts)
 
 
 def _choice(name: str, value: str, allowed: Sequence[str]) -> None:

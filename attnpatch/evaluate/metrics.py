@@ -20,7 +20,11 @@ from .sample import Sample
 
 Metric = Callable[[str, Sequence[str], Sample], float]
 
-_CHINESE_MARKS = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+_CHINESE_MARKS = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠"
+    "［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+    ""
+)
 _MARKS = frozenset(string.punctuation)
 _ALL_MARKS = frozenset(string.punctuation + _CHINESE_MARKS)
 

@@ -46,7 +46,7 @@ class Sample:
                 f"{name} has {len(self.questions)} questions and {len(self.answers)} lists of answers; "
                 "give at least one question and one list of answers for each."
             )
-        if isinstance(self.max_new_tokens, bool) or self.max_new_tokens < 1:
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise InputError(f"{name} has max_new_tokens={self.max_new_tokens!r}; give a whole number from 1 on.")
         context, question = self.template.find("{context}"), self.template.find("{question}")
         if not 0 <= context < question:

@@ -76,7 +76,7 @@ def _pad(sample: Sample, size: Callable[[Sample], int], tokens: int, length: int
         over = size(padded) - tokens
         if over <= 0:
             return padded
-        dots -= max(1, over)
+        dots -= max(1, over // 2)  # a dot may be one token or two
     return sample
 
 
@@ -117,25 +117,34 @@ class Haystack:
 
 
 def _split(text: str) -> list[str]:
-    words = re.findall(r"\S+\s*", text.strip())
+    words = re.findall(r"\S{1,24}\s*", text.strip())  # scripts without spaces are cut into pieces
     if words:
         words[-1] = words[-1].rstrip() + " "
     return words
 
 
 def _ends(word: str) -> bool:
-    return word.rstrip().rstrip("\"')_*”’").endswith((".", "!", "?"))
+    return word.rstrip().rstrip("\"')_*”’").endswith((".", "!", "?", "。", "！", "？"))
 
 
-def insert(words: list[str], facts: Sequence[str], depths: Sequence[float]) -> str:
-    """The text with ``facts`` put in at sentence ends near ``depths`` (0 start, 1 end), in that order."""
-    stops = [0, *(i + 1 for i, word in enumerate(words) if _ends(word))] if words else [0]
+def insert(words: list[str], facts: Sequence[str], depths: Sequence[float], gap: str = " ") -> str:
+    """The text with ``facts`` put in near ``depths`` (0 start, 1 end), in that order, each followed by ``gap``.
+
+    A fact goes to the nearest end of a sentence, or between two words where the nearest is over 5 % of the text away.
+    """
+    stops = [0, *(i + 1 for i, word in enumerate(words) if _ends(word))]
     pieces: list[str] = []
     done = 0
     for depth, fact in sorted(zip(depths, facts, strict=True), key=lambda pair: pair[0]):
-        wanted = depth * len(words)
-        place = max(done, min(stops, key=lambda stop: abs(stop - wanted)))
-        pieces += [*words[done:place], fact.strip() + " "]
+        wanted = round(depth * len(words))
+        place = min(stops, key=lambda stop: abs(stop - wanted))
+        if abs(place - wanted) > max(8, 0.05 * len(words)):
+            place = wanted
+        place = max(done, place)
+        pieces += words[done:place]
+        if pieces and not pieces[-1][-1:].isspace():
+            pieces.append(gap)
+        pieces.append(fact.strip() + gap)
         done = place
     return "".join([*pieces, *words[done:]]).rstrip()
 

@@ -25,6 +25,7 @@ _ENDINGS = "ford ton bury field mouth stead worth dale".split()
 _INSTRUCTION = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 )
+_DOCUMENTS = f"{_INSTRUCTION}\n\nThe following are given documents.\n\n{{context}}\n\n{_INSTRUCTION}\n\n{{question}}"
 _SENTENCES = 6
 
 
@@ -110,7 +111,7 @@ def build_questions(task: str, name: str, seed: str) -> Callable[[int], Sample]:
             answers=((place,),),
             metric="string_match_part",
             max_new_tokens=32,
-            template=f"{_INSTRUCTION}\n\nThe following are given documents.\n\n{{context}}\n\n{_INSTRUCTION}\n\n{{question}}",
+            template=_DOCUMENTS,
             prefix=" Answer:",
             meta={"documents": len(documents), "steps": 1 + two_steps},
         )
@@ -121,7 +122,8 @@ def build_questions(task: str, name: str, seed: str) -> Callable[[int], Sample]:
 _RECORD = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
     "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its corresponding "
-    "<REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding <REGISTER_CONTENT> of a "
+    "<REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
+    "<REGISTER_CONTENT> of a "
     "certain line index. Now the record start:\n\n"
 )
 

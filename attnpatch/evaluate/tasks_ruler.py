@@ -70,12 +70,14 @@ def build_needle(spec: Needles, task: str, name: str, seed: str, text: str | Non
     distractors = _Distractors(kind, set(keys), f"{seed}-hay")
     hay = Haystack(text, random.Random(f"{seed}-hay")) if spec.hay == "text" else None
 
+    distractors_off = hay is not None
+
     def build(n: int) -> Sample:
         words = distractors.lines(n) if hay is None else hay.words(n)
         return Sample(
             id=name,
             task=task,
-            context=insert(words, facts, places),
+            context=insert(words, facts, places, " " if distractors_off else "\n"),
             questions=tuple(ask.format(kind=kind, key=query) for query in queries),
             answers=tuple(tuple(v for one in group for v in values[one]) for group in groups),
             metric="string_match_all",

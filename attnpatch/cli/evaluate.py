@@ -67,18 +67,21 @@ def evaluate(
     as_json: c.JsonOption = False,
 ) -> int | None:
     """Score dense and patched models on the same samples: difference, 95 % interval, verdict, KV share."""
-    from attnpatch.evaluate import collect, encoding
+    from attnpatch.evaluate import collect, encoding, results
 
     runs = chosen_runs(patch, recipe, settings)
     length = collect.parse_tokens(tokens)
-    collect.check_names(task or [])
+    haystack = collect.read_text(text)
+    collect.check(task or (), data or (), kind, haystack)
+    results.check_out(out)
+    wanted = {"names": task or [], "tokens": length, "samples": samples, "text": digest(text)}
+    files = {path: digest(path) for path in data or ()}
     for name, value, allowed in (
         ("--protocol", protocol, encoding.PROTOCOLS), ("--truncate", truncate, encoding.TRUNCATE),
         ("--questions", questions, encoding.QUESTIONS),
     ):  # fmt: skip
         if value not in allowed:
             raise ConfigError(f"{name} {value!r} is not allowed; choose one of {', '.join(allowed)}.")
-    haystack = collect.read_text(text)
     from attnpatch.evaluate.runner import Options
 
     options = Options(protocol, chat, batch, truncate, questions, max_new_tokens, max_length, seed)
@@ -87,8 +90,6 @@ def evaluate(
         found = collect.collect(
             tokenizer, task or (), data or (), kind, tokens=length, count=samples, seed=seed, text=haystack
         )
-        wanted = {"names": task or [], "tokens": length, "samples": samples, "text": digest(text)}
-        files = {path: digest(path) for path in data or ()}
         asked = {"model": model, "generated": wanted, "data": files, "format": kind}
         options = replace(options, chat=bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat)
         job = Job(loaded, tokenizer, found, runs, options, asked)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from attnpatch.errors import ConfigError, InputError
@@ -26,14 +25,11 @@ def parse_tokens(text: str) -> int:
 
 
 def read_text(path: str | None) -> str | None:
-    """The file's text. Raises InputError where it is not UTF-8 or blank."""
-    if path is None:
-        return None
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
-    if not text.strip():
+    """The file's text (`formats.load_text`). Raises InputError where it cannot be read or is blank."""
+    from attnpatch.evaluate import formats
+
+    text = None if path is None else formats.load_text(path)
+    if text is not None and not text.strip():
         raise InputError(f"{path} is empty; give a file with text.")
     return text
 
@@ -52,10 +48,17 @@ def check_names(names: Sequence[str]) -> None:
             raise ConfigError(f"task {name!r} is named twice; name it once.")
 
 
-def check_text(names: Sequence[str], text: str | None) -> None:
-    """Raise ConfigError for a text that no task uses."""
+def check(names: Sequence[str], data: Sequence[str], kind: str | None, text: str | None) -> None:
+    """Raise ConfigError or InputError for what can be seen to be wrong without a tokenizer."""
     from attnpatch.evaluate import tasks
 
+    if not names and not data:
+        raise ConfigError("there is nothing to ask; name a task with --task, or a file with --data.")
+    if kind is not None and not data:
+        raise ConfigError("--format says what a file of --data holds; give --data FILE too.")
+    check_names(names)
+    if text is None and PERPLEXITY in names:
+        raise InputError(f"the task {PERPLEXITY} needs a text; give --text FILE.")
     if text is not None and not any(name == PERPLEXITY or tasks.TASKS[name].uses_text for name in names):
         raise ConfigError("no task named uses --text (they make their own text, or come from --data); leave it out.")
 
@@ -69,12 +72,7 @@ def collect(
     tokens, seed, text (what the haystack is made of, or the text of "perplexity"): of generated tasks. count: samples
     of each task or file; None = 20 of a task, all of a file. Raises ConfigError or InputError.
     """
-    if not names and not data:
-        raise ConfigError("there is nothing to ask; name a task with --task, or a file with --data.")
-    if kind is not None and not data:
-        raise ConfigError("--format says what a file of --data holds; give --data FILE too.")
-    check_names(names)
-    check_text(names, text)
+    check(names, data, kind, text)
     made: list[Sample] = []
     for name in names:
         made += _task(tokenizer, name, tokens, count or COUNT, seed, text)

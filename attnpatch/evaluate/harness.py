@@ -73,9 +73,9 @@ def score_requests(lm: Any, requests: Sequence[tuple[Any, list[int], list[int]]]
     from attnpatch.evaluate import likelihood
 
     groups: dict[tuple[int, ...], list[int]] = {}
-    for number, (_, context, continuation) in enumerate(requests):
+    for number, (_, ids, continuation) in enumerate(requests):
         room = max(1, lm.max_length + 1 - len(continuation))
-        groups.setdefault(tuple(context[-room:]), []).append(number)
+        groups.setdefault(tuple(ids[-room:]), []).append(number)
     found: dict[int, tuple[float, bool]] = {}
     for context, members in groups.items():
         scored = likelihood.score(lm.model, context, [requests[i][2] for i in members])

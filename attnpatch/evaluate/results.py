@@ -21,6 +21,14 @@ DENSE = "dense"
 Key = tuple[str, str, str]  # run, task, sample id
 
 
+def check_out(out: Path) -> None:
+    """Raise ConfigError for a result file that cannot be written."""
+    if out.suffix != ".json" or out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is not the name of a .json file; give one such as results.json.")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; make it first.")
+
+
 def ledgers(out: Path) -> list[Path]:
     """The ledger files beside a result file: the first process's, then others'."""
     first, start = out.with_suffix(".samples.jsonl"), f"{out.stem}.samples."
@@ -39,10 +47,7 @@ class Ledger:
     """
 
     def __init__(self, out: Path, header: dict[str, Any], rank: int = 0) -> None:
-        if out.suffix != ".json" or out.is_dir():
-            raise ConfigError(f"--out {str(out)!r} is not the name of a .json file; give one such as results.json.")
-        if not out.parent.is_dir():
-            raise ConfigError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; make it first.")
+        check_out(out)
         self.out, self.header = out, json.loads(json.dumps(header))
         self.path = out.with_suffix(f".samples.{rank}.jsonl" if rank else ".samples.jsonl")
         self.rows: dict[Key, dict[str, Any]] = {}
@@ -77,7 +82,7 @@ class Ledger:
             else:
                 yield row
 
-    def _check(self, path: Path, found: dict[str, Any]) -> None:
+    def _check(self, path: Path, found: Any) -> None:
         if found == self.header:
             return
         keys = [k for k in {**self.header, **found} if self.header.get(k) != found.get(k)]

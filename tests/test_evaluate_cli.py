@@ -165,9 +165,9 @@ def test_lengths():
 
 
 def test_settings_find_their_owner():
-    runs = command.chosen_runs(["snapkv", "flexprefill+streamingllm", "dense"], ["h2o"],
+    runs = command.chosen_runs(["snapkv", "flexprefill+pyramidkv", "dense"], ["h2o"],
                                ["budget=64", "gamma=0.8", "snapkv.window_size=8"])  # fmt: skip
-    assert [r.label for r in runs] == ["dense", "snapkv", "flexprefill+streamingllm", "h2o"] and not runs[0].patches
-    snap, (flex, stream), heavy = runs[1].patches[0], runs[2].patches, runs[3].patches[0]
-    assert {str(p.budget) for p in (snap, heavy, stream)} == {"64"} and flex.gamma == 0.8 and snap.window_size == 8
+    assert [r.label for r in runs] == ["dense", "snapkv", "flexprefill+pyramidkv", "h2o"] and not runs[0].patches
+    snap, (flex, pyramid), heavy = runs[1].patches[0], runs[2].patches, runs[3].patches[0]
+    assert {str(p.budget) for p in (snap, heavy, pyramid)} == {"64"} and flex.gamma == 0.8 and snap.window_size == 8
     assert isinstance(runs[1], runner.Run)

@@ -148,14 +148,22 @@ def processes(shard: bool) -> Iterator[tuple[int, int, str | None, Any]]:
     if not shard:
         yield 0, 1, None, lambda: None
         return
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ and "LOCAL_RANK" not in os.environ:
+    wanted = os.environ.get("WORLD_SIZE", "")
+    if not wanted and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         raise ConfigError(
             "--shard spreads samples over processes; start them: accelerate launch -m attnpatch.cli.main evaluate ..."
         )
+    import torch
     from accelerate import PartialState
 
-    state = PartialState()
+    # without cpu=True every process of a machine without a GPU would take itself for the only one
+    state = PartialState(cpu=not torch.cuda.is_available())
     try:
+        if wanted and state.num_processes != int(wanted):
+            raise ConfigError(
+                f"--shard: {wanted} processes were started and accelerate found {state.num_processes}; start them with "
+                "accelerate launch or torchrun."
+            )
         yield state.process_index, state.num_processes, str(state.device), state.wait_for_everyone
     finally:
         state.destroy_process_group()

@@ -23,7 +23,6 @@ Metric = Callable[[str, Sequence[str], Sample], float]
 _CHINESE_MARKS = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠"
     "［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
-    ""
 )
 _MARKS = frozenset(string.punctuation)
 _ALL_MARKS = frozenset(string.punctuation + _CHINESE_MARKS)

@@ -45,6 +45,8 @@ CASES = [
     ("last_number", "2416 on line 7", ["2416"], 0, (), {}),
     ("final_number", "so 9*2=18 #### 1,018", ["x #### 1018"], 100, (), {}),
     ("final_number", "The answer is $18.00.", ["#### 18"], 100, (), {}),
+    ("final_number", "20-18", ["18"], 100, (), {}),
+    ("final_number", "it is -18", ["18"], 0, (), {}),
     ("choice", "The correct answer is (B).", ["B"], 100, (), {}),
     ("choice", "**The correct answer is B**", ["B"], 100, (), {}),
     ("choice", "(C) because A", ["C"], 100, (), {}),

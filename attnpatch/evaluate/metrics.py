@@ -23,7 +23,6 @@ Metric = Callable[[str, Sequence[str], Sample], float]
 _CHINESE_MARKS = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠"
     "［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
-    ""
 )
 _MARKS = frozenset(string.punctuation)
 _ALL_MARKS = frozenset(string.punctuation + _CHINESE_MARKS)
@@ -162,10 +161,10 @@ def _last_number(prediction: str, answer: str, sample: Sample) -> float:
 
 
 def _final_number(prediction: str, answer: str, sample: Sample) -> float:
-    """GSM8K: the number after "####" or else the last one, thousands' commas removed."""
+    """GSM8K: the last number, behind "####" if that stands there; thousands' commas are removed."""
 
     def last(text: str) -> float | None:
-        found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.rsplit("####", 1)[-1])
+        found = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?", text.rsplit("####", 1)[-1])
         return float(found[-1].replace(",", "")) if found else None
 
     return float(last(prediction) is not None and last(prediction) == last(answer))

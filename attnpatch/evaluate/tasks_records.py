@@ -72,7 +72,7 @@ class _World:
 
 
 def build_questions(task: str, name: str, seed: str) -> Callable[[int], Sample]:
-    """RULER's QA: one question, its document or (every other sample) two documents, among distractors.
+    """RULER's QA: one question, its document or (about half of the samples) two documents, among distractors.
 
     The documents are made up, so that no answer can be known beforehand; one unit is a sentence of a distractor.
     """

@@ -9,6 +9,7 @@ import pytest
 from test_cli import needs_weights, one_error, outcome
 
 from attnpatch.cli import evaluate as command
+from attnpatch.errors import ConfigError
 from attnpatch.evaluate import collect, metrics, runner
 from attnpatch.evaluate.runner import Runner
 
@@ -171,3 +172,17 @@ def test_settings_find_their_owner():
     snap, (flex, pyramid), heavy = runs[1].patches[0], runs[2].patches, runs[3].patches[0]
     assert {str(p.budget) for p in (snap, heavy, pyramid)} == {"64"} and flex.gamma == 0.8 and snap.window_size == 8
     assert isinstance(runs[1], runner.Run)
+
+
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
+    from types import SimpleNamespace
+
+    state = SimpleNamespace(num_processes=1, process_index=0, device="cpu", destroy_process_group=lambda: None)
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: state)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started and accelerate found 1"), command.processes(True):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    state.wait_for_everyone = "wait"
+    with command.processes(True) as found:
+        assert found == (0, 1, "cpu", "wait")

@@ -290,10 +290,11 @@ REFUSED = [
     ([], "there are no samples"),
     ([evaluation.sample(1), evaluation.sample(1)], "two samples of task 'words' are called 's1'"),
     ([evaluation.sample(1, metric="beauty")], "names an unknown metric 'beauty'; known: "),
+    ([evaluation.sample(1, metric="unscored")], "has no accepted answers, so it cannot be scored"),
 ]
 
 
-@pytest.mark.parametrize(("samples", "message"), REFUSED, ids=["none", "twice", "metric"])
+@pytest.mark.parametrize(("samples", "message"), REFUSED, ids=["none", "twice", "metric", "unscored"])
 def test_refused_samples(tmp_path, samples, message):
     with pytest.raises(InputError, match=message):
         whole(tmp_path, samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,79 +21,132 @@ if TYPE_CHECKING:
 Several = list[str] | None
 
 
+OutOption = Annotated[Path, typer.Option("--out", help="Result file, .json; OUT.samples.jsonl grows beside it.")]
+PatchesOption = Annotated[Several, typer.Option("--patch", help="A method, or a+b; repeatable. dense alone: no patch.")]
+RecipesOption = Annotated[Several, typer.Option("--recipe", help="A packaged recipe or a .yaml file; repeatable.")]
+SettingsOption = Annotated[
+    Several,
+    typer.Option("--set", metavar="KEY=VALUE", help="For every method that has KEY; PATCH.KEY=VALUE for one."),
+]
+TaskOption = Annotated[Several, typer.Option("--task", help="A generated task, or perplexity; repeatable.")]
+DataOption = Annotated[Several, typer.Option("--data", help="A file of samples, jsonl; repeatable.")]
+FormatOption = Annotated[str | None, typer.Option("--format", help="What --data holds; default: found out.")]
+TextOption = Annotated[str | None, typer.Option("--text", help="A text file: haystack, or text of perplexity.")]
+TokensOption = Annotated[str, typer.Option("--tokens", help="Prompt length of generated tasks: 4096, 4k.")]
+SamplesOption = Annotated[
+    int | None, typer.Option("--samples", min=1, help="Of each task (default 20) or file (default all).")
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of samples, sampling and statistics.")]
+ProtocolOption = Annotated[
+    str, typer.Option("--protocol", help="query-aware, or query-agnostic: context compressed before the question.")
+]
+QuestionsOption = Annotated[
+    str, typer.Option("--questions", help="Several of one context: turns, or requests (each for itself).")
+]
+ChatOption = Annotated[
+    bool | None, typer.Option("--chat/--raw", help="Through the chat template or not; default: if there is one.")
+]
+BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Prompts at once, padded on the left.")]
+TruncateOption = Annotated[
+    str, typer.Option("--truncate", help="Too long prompts: refuse, or middle (of the context taken out).")
+]
+MaxNewOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Default: the task's own.")]
+MaxLengthOption = Annotated[
+    int | None, typer.Option("--max-length", min=1, help="Most tokens, answer included; default: the model's.")
+]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over; else an interrupted run goes on.")]
+ShardOption = Annotated[bool, typer.Option("--shard", help="Under accelerate launch or torchrun: spread samples.")]
+
+
 def evaluate(
     model: c.ModelOption,
-    out: Annotated[Path, typer.Option("--out", help="Result file, .json; OUT.samples.jsonl grows beside it.")],
-    patch: Annotated[
-        Several, typer.Option("--patch", help="A method, or a+b; repeatable. dense alone: no patch.")
-    ] = None,
-    recipe: Annotated[Several, typer.Option("--recipe", help="A packaged recipe or a .yaml file; repeatable.")] = None,
-    settings: Annotated[
-        Several,
-        typer.Option("--set", metavar="KEY=VALUE", help="For every method that has KEY; PATCH.KEY=VALUE for one."),
-    ] = None,
-    task: Annotated[Several, typer.Option("--task", help="A generated task, or perplexity; repeatable.")] = None,
-    data: Annotated[Several, typer.Option("--data", help="A file of samples, jsonl; repeatable.")] = None,
-    kind: Annotated[str | None, typer.Option("--format", help="What --data holds; default: found out.")] = None,
-    text: Annotated[str | None, typer.Option("--text", help="A text file: haystack, or text of perplexity.")] = None,
-    tokens: Annotated[str, typer.Option("--tokens", help="Prompt length of generated tasks: 4096, 4k.")] = "4k",
-    samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Of each task (default 20) or file (default all).")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of samples, sampling and statistics.")] = 0,
-    protocol: Annotated[
-        str, typer.Option("--protocol", help="query-aware, or query-agnostic: context compressed before the question.")
-    ] = "query-aware",
-    questions: Annotated[
-        str, typer.Option("--questions", help="Several of one context: turns, or requests (each for itself).")
-    ] = "turns",
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Through the chat template or not; default: if there is one.")
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts at once, padded on the left.")] = 1,
-    truncate: Annotated[
-        str, typer.Option("--truncate", help="Too long prompts: refuse, or middle (of the context taken out).")
-    ] = "refuse",
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="Default: the task's own.")
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", min=1, help="Most tokens, answer included; default: the model's.")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; else an interrupted run goes on.")] = False,
-    shard: Annotated[bool, typer.Option("--shard", help="Under accelerate launch: spread samples.")] = False,
+    out: OutOption,
+    patch: PatchesOption = None,
+    recipe: RecipesOption = None,
+    settings: SettingsOption = None,
+    task: TaskOption = None,
+    data: DataOption = None,
+    kind: FormatOption = None,
+    text: TextOption = None,
+    tokens: TokensOption = "4k",
+    samples: SamplesOption = None,
+    seed: SeedOption = 0,
+    protocol: ProtocolOption = "query-aware",
+    questions: QuestionsOption = "turns",
+    chat: ChatOption = None,
+    batch: BatchOption = 1,
+    truncate: TruncateOption = "refuse",
+    max_new_tokens: MaxNewOption = None,
+    max_length: MaxLengthOption = None,
+    fresh: FreshOption = False,
+    shard: ShardOption = False,
     dtype: c.DtypeOption = None,
     device_map: c.DeviceOption = None,
     as_json: c.JsonOption = False,
 ) -> int | None:
     """Score dense and patched models on the same samples: difference, 95 % interval, verdict, KV share."""
-    from attnpatch.evaluate import collect, encoding, results
+    from attnpatch.evaluate import collect, results
+    from attnpatch.evaluate.runner import Options
 
     runs = chosen_runs(patch, recipe, settings)
-    length = collect.parse_tokens(tokens)
-    haystack = collect.read_text(text)
-    collect.check(task or (), data or (), kind, haystack)
+    check_choices(protocol, truncate, questions)
     results.check_out(out)
-    wanted = {"names": task or [], "tokens": length, "samples": samples, "text": digest(text)}
-    files = {path: digest(path) for path in data or ()}
+    wanted = Wanted(task or [], data or [], kind, text, collect.parse_tokens(tokens), samples, seed)
+    wanted.check()
+    options = Options(protocol, chat, batch, truncate, questions, max_new_tokens, max_length, seed)
+    with processes(shard) as (rank, count, device, wait):
+        loaded, tokenizer = c.load_model(model, dtype, device_map or device)
+        found = wanted.collect(tokenizer)
+        options = replace(options, chat=bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat)
+        job = Job(loaded, tokenizer, found, runs, options, {"model": model, **wanted.as_dict()})
+        return job.run(out, fresh, (rank, count), wait, as_json)
+
+
+def check_choices(protocol: str, truncate: str, questions: str) -> None:
+    """Raise ConfigError for a word that is not among the allowed."""
+    from attnpatch.evaluate import encoding
+
     for name, value, allowed in (
         ("--protocol", protocol, encoding.PROTOCOLS), ("--truncate", truncate, encoding.TRUNCATE),
         ("--questions", questions, encoding.QUESTIONS),
     ):  # fmt: skip
         if value not in allowed:
             raise ConfigError(f"{name} {value!r} is not allowed; choose one of {', '.join(allowed)}.")
-    from attnpatch.evaluate.runner import Options
 
-    options = Options(protocol, chat, batch, truncate, questions, max_new_tokens, max_length, seed)
-    with processes(shard) as (rank, count, device, wait):
-        loaded, tokenizer = c.load_model(model, dtype, device_map or device)
-        found = collect.collect(
-            tokenizer, task or (), data or (), kind, tokens=length, count=samples, seed=seed, text=haystack
-        )
-        asked = {"model": model, "generated": wanted, "data": files, "format": kind}
-        options = replace(options, chat=bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat)
-        job = Job(loaded, tokenizer, found, runs, options, asked)
-        return job.run(out, fresh, (rank, count), wait, as_json)
+
+@dataclass
+class Wanted:
+    """The samples that the command line asks for."""
+
+    tasks: list[str]
+    data: list[str]
+    kind: str | None
+    text: str | None
+    tokens: int
+    count: int | None
+    seed: int
+
+    def check(self) -> None:
+        """Refuse what can be seen to be wrong before a model is loaded, and read the text."""
+        from attnpatch.evaluate import collect
+
+        self.haystack = collect.read_text(self.text)
+        collect.check(self.tasks, self.data, self.kind, self.haystack)
+        self.files = {path: digest(path) for path in self.data}
+
+    def collect(self, tokenizer: Any) -> Any:
+        """The samples themselves."""
+        from attnpatch.evaluate import collect
+
+        return collect.collect(
+            tokenizer, self.tasks, self.data, self.kind, tokens=self.tokens, count=self.count, seed=self.seed,
+            text=self.haystack,
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was asked, for the result file."""
+        made = {"names": self.tasks, "tokens": self.tokens, "text": digest(self.text)}
+        return {"samples": self.count, "generated": made, "data": self.files, "format": self.kind}
 
 
 # ---- what to run -------------------------------------------------------------------------------------------------
@@ -188,7 +241,7 @@ class Job:
         from attnpatch.evaluate import runner
 
         ledger = self.ledger(out, fresh, shard[0], wait)
-        if done := sum("failed" not in r for r in ledger.rows.values()):
+        if (done := sum("failed" not in r for r in ledger.rows.values())) and not shard[0]:
             typer.echo(f"{ledger.files[0]}: goes on behind {done} answers of an earlier run", err=True)
         with bar(len(self.runs), silent=as_json or shard[0] > 0) as progress:
             try:

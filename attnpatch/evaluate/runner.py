@@ -316,6 +316,8 @@ def check_metrics(samples: Sequence[Sample]) -> None:
                 f"sample {sample.id!r} of task {sample.task!r} names an unknown metric {sample.metric!r}; known: "
                 f"{', '.join(sorted(known))}."
             )
+        if sample.metric == "unscored":
+            metrics.unscored("", (), sample)  # says why, before anything is generated
 
 
 def scored(sample: Sample, texts: Sequence[str]) -> list[float]:

@@ -45,12 +45,13 @@ def text(length: int, seed: int = 0) -> str:
     return " ".join(f"w{(i * i * 7 + i * 13 + seed * 29) % 60}" for i in range(length))
 
 
-def sample(number: int = 0, length: int = 40, questions: int = 1, **values) -> Sample:
-    """One sample in those words; its accepted answer is w1."""
-    asked = tuple(text(3 + q, number + q + 5) for q in range(questions))
+def sample(number: int = 0, length: int = 40, questions=1, **values) -> Sample:
+    """One sample in those words; its accepted answer is w1. questions: how many, or which."""
+    if isinstance(questions, int):
+        questions = tuple(text(3 + q, number + q + 5) for q in range(questions))
     fixed = dict(
-        id=f"s{number}", task="words", context=text(length, number), questions=asked, answers=(("w1",),) * questions,
-        metric="exact", max_new_tokens=4,
+        id=f"s{number}", task="words", context=text(length, number), questions=questions,
+        answers=(("w1",),) * len(questions), metric="exact", max_new_tokens=4,
     )  # fmt: skip
     return Sample(**{**fixed, **values})
 

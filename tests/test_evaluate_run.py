@@ -8,6 +8,7 @@ from dataclasses import replace
 import evaluation
 import pytest
 import torch
+from oracle import tiny
 
 import attnpatch
 from attnpatch.api import resolve
@@ -112,6 +113,15 @@ def test_a_padded_batch_gives_each_rows_own_answer(protocol, patch):
     alone = [asked.ask([one])[0] for one in batch]
     assert [r.texts for r in together] == [r.texts for r in alone]
     assert [r.tokens for r in together] == [r.tokens for r in alone]
+
+
+@pytest.mark.parametrize("protocol", ["query-aware", "query-agnostic"])
+def test_a_padded_batch_under_a_sliding_window(protocol):
+    """Questions of unequal length would fill the window with padding."""
+    model = tiny("mistral_sw", vocab_size=64, eos_token_id=evaluation.END)
+    asked = Runner(model, evaluation.tokenizer(), Options(protocol, batch=2, max_new_tokens=6))
+    batch = [asked.encode(evaluation.sample(i, n, questions=(evaluation.text(i + 2),))) for i, n in enumerate((40, 63))]
+    assert [r.texts for r in asked.ask(batch)] == [asked.ask([one])[0].texts for one in batch]
 
 
 def test_bfloat16_answers():

@@ -28,6 +28,13 @@ def writes_prompts(model: Any) -> str | None:
     return None if handle is None or handle.plan.writer is None else handle.plan.writer.name
 
 
+def has_windows(model: Any) -> bool:
+    """Whether layers attend a sliding window. It counts padding, so nothing may be padded behind the first turn."""
+    from attnpatch.engine.families import inspect_model, unwrap
+
+    return any(fact.kind != "full" for fact in inspect_model(unwrap(model))[1])
+
+
 def pad(rows: Sequence[Sequence[int]], value: int, device: Any) -> tuple[Tensor, Tensor]:
     """Rows of ids, padded on the left: (ids, mask), int64 [B, N] both."""
     import torch

@@ -87,7 +87,7 @@ class Runner:
         self.encoder = Encoder(tokenizer, o.chat, o.protocol, o.truncate, limit, o.questions)
         self.plain = Encoder(tokenizer, False, "query-aware", o.truncate, limit, o.questions)  # text to be scored
         self.device = input_device(self.model)
-        self.ends = feeding.ends(self.model)
+        self.ends, self.windows = feeding.ends(self.model), feeding.has_windows(self.model)
         first_end = min(self.ends, default=0)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end
 
@@ -125,6 +125,9 @@ class Runner:
     def _rows(self, batch: Sequence[Encoded], which: Sequence[int], cache: Any = None) -> list[Reply]:
         """One question of each sample, in one batch; `cache` may hold the (single) sample's prefilled context."""
         pairs = list(zip(batch, which, strict=True))
+        uneven = len({len(e.asks[q]) for e, q in pairs}) > 1
+        if self.windows and uneven and self.options.protocol == "query-agnostic":
+            return [self._rows([e], [q])[0] for e, q in pairs]  # padded questions would fill the window
         tokens = max(self.new_tokens(e.sample) for e in batch)
         if self.options.protocol == "query-aware":
             ids, mask = self._pad([e.whole(q) for e, q in pairs])

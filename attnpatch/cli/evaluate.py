@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,6 +125,8 @@ class Wanted:
     tokens: int
     count: int | None
     seed: int
+    haystack: str | None = None  # what `check` reads
+    files: dict[str, str | None] = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuse what can be seen to be wrong before a model is loaded, and read the text."""

@@ -21,6 +21,7 @@ from attnpatch.bench.engine import backend_output, peak_memory
 from attnpatch.bench.measure import Clock, captured, environment, interleave, parser, ratio
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
+from attnpatch.engine.terms import summed
 from attnpatch.executors import column_sums, dense, dispatch
 from attnpatch.executors.lists import share
 from attnpatch.patch import Patch
@@ -30,6 +31,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "xattention": {"stride": 16},
     "minference": {},
     "hip": {"dense_layers": 0},
+    "sale": {},
+    "hyperattention": {},
 }
 HEADS = {"cuda": (32, 8, 128), "cpu": (8, 4, 64)}  # query heads, KV heads, head dimension
 FULL, CPU, QUICK = (8192, 32768, 131072), (16384,), (600, 1300)
@@ -73,9 +76,16 @@ def terms(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> list[Any]:
     return [] if decision is None else [decision] if not hasattr(decision, "send") else list(decision)
 
 
-def computed(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> Any:
-    """Choosing and computing, term by term as the engine does."""
-    return [dispatch.run(q, kv, term, ctx)[0] for term in terms(patch, q, kv, ctx) or [Selection()]]
+def computed(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> torch.Tensor:
+    """Choosing and computing, term by term as the engine does: the output [1, N, Hq, D]."""
+    decision = patch.select(q, kv, ctx)
+    return summed(Selection() if decision is None else decision, q, kv, ctx, patch.merges)[0]
+
+
+def relative_error(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> float:
+    """Norm of the output's difference to dense attention, over that of the dense output."""
+    exact = dense.run(q, kv, Selection(), ctx)[0].float()
+    return round(float((computed(patch, q, kv, ctx).float() - exact).norm() / exact.norm()), 5)
 
 
 def row(
@@ -98,7 +108,7 @@ def row(
         executors = sorted({dispatch.executor(term, length) for term in selected}) or ["dense"]
         result["methods"][name] = {
             "options": options, "terms": len(selected), "executors": executors, "peak_bytes": memory,
-            "share": share(selected, length, length),
+            "share": share(selected, length, length), "error": relative_error(patch, q, kv, ctx),
         }  # fmt: skip
         runs |= {
             f"{name} choosing": partial(terms, patch, q, kv, ctx), f"{name} total": partial(computed, patch, q, kv, ctx)

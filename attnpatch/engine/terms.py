@@ -87,12 +87,12 @@ def each_term(
         answer = compute(term)
 
 
-def summed(decision: Any, q: Tensor, kv: KV, ctx: Ctx) -> Result:
-    """(out [B, T, Hq, D], lse [B, Hq, T]) of a decision, outside a model; for what measures a method."""
-    total = _Total(q, True)
+def summed(decision: Any, q: Tensor, kv: KV, ctx: Ctx, lse: bool = True) -> Result:
+    """(out [B, T, Hq, D], lse [B, Hq, T] if asked for) of a decision, outside a model; for what measures a method."""
+    total = _Total(q, lse)
 
     def compute(term: Selection) -> Result:
-        result = dispatch.run(turned(q, term, ctx), kv, term, ctx, True)
+        result = dispatch.run(turned(q, term, ctx), kv, term, ctx, lse)
         total.add(term.rows, *result)
         return result
 

@@ -110,12 +110,16 @@ class KeepSet:
     count: integer [B, H'] or None: how many of the M are meant (rows shorter than the budget); None = all M.
     drop:  integer [B, H', 1]: the slot that the newest entry overwrites, O(1); -1 = none.
     shrink: with drop, the layer gives a slot up; every row must then drop or have a free slot.
+    packed: the counts of the heads differ, and the layer stores them without padding.
+    layer: number of the covered layer that is meant, this or an earlier one; None = this one.
     """
 
     index: torch.Tensor | None = None
     count: torch.Tensor | None = None
     drop: torch.Tensor | None = None
     shrink: bool = True
+    packed: bool = False
+    layer: int | None = None
 
     def validate(self, batch: int, kv_heads: int, slots: int) -> None:
         """Raise InputError unless shapes, ranges and order fit a layer of [batch, kv_heads, slots]."""
@@ -133,14 +137,15 @@ class KeepSet:
 
     @classmethod
     def top(
-        cls, scores: torch.Tensor, capacity: Sequence[int], pos: torch.Tensor,
-        tail: int | Sequence[int] = 0, head: int = 0, ragged: bool = True,
+        cls, scores: torch.Tensor, capacity: Sequence[int] | torch.Tensor, pos: torch.Tensor,
+        tail: int | Sequence[int] = 0, head: int = 0, ragged: bool = True, layer: int | None = None,
     ) -> KeepSet:  # fmt: skip
         """The best `capacity[b]` slots of each row, always with its first `head` and last `tail` tokens.
 
         scores: fp32 [B, H', S]; pos: int [B, 1|H', S] true positions, -1 = empty slot (never kept).
         tail may differ by row. Ties go to the later slot. Rows with fewer tokens are filled up and counted.
         ragged=False: no slot is empty and all rows are alike, so the host need not wait for the device.
+        capacity int [B, H']: by head too; the layer then stores the heads without padding. layer: see the class.
         """
         import torch
 
@@ -157,17 +162,21 @@ class KeepSet:
         # finite, so that no real slot ties with an empty one
         rank = scores.float().clamp(min=torch.finfo(torch.float32).min)
         rank = rank.masked_fill(pinned, float("inf")).masked_fill(~valid, float("-inf"))
-        width = min(max(capacity), scores.shape[-1])
+        by_head = isinstance(capacity, torch.Tensor)
+        width = min(int(capacity.max()) if by_head else max(capacity), scores.shape[-1])  # type: ignore[union-attr]
         index = ranked(rank, width)  # [B, H', width]
-        if not ragged:
-            return cls(index=index.sort(dim=-1).values)
-        room = torch.as_tensor(list(capacity), device=scores.device)[:, None].clamp(max=width)  # [B, 1]
+        if not ragged and not by_head:
+            return cls(index=index.sort(dim=-1).values, layer=layer)
+        if by_head:
+            room = capacity.to(scores.device).clamp(max=width)  # type: ignore[union-attr]  # [B, H']
+        else:
+            room = torch.as_tensor(list(capacity), device=scores.device)[:, None].clamp(max=width)  # [B, 1]
         count = torch.minimum(valid.sum(-1), room)  # [B, H']
         meant = torch.arange(width, device=scores.device) < count[..., None]
         ascending = torch.where(meant, index, index + scores.shape[-1]).sort(dim=-1).values
         index = torch.where(meant, ascending, ascending - scores.shape[-1])
-        full = len(set(capacity)) == 1 and not bool((count < width).any())  # at a prompt the host may wait
-        return cls(index=index, count=None if full else count)
+        full = (by_head or len(set(capacity)) == 1) and not bool((count < width).any())  # at a prompt the host may wait
+        return cls(index=index, count=None if full else count, packed=by_head, layer=layer)
 
     @classmethod
     def drop_worst(

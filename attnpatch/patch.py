@@ -32,7 +32,8 @@ class Patch:
     Hooks (each optional): `select(q, kv, ctx)` says which keys are attended (None = all, a Selection, or a generator of
     Selections, which gets each term's (out, lse) back); `reweight(q, kv, ctx) -> ColumnReweight | None`, after
     attention, changes the weights of a few columns; `observe(q, kv, ctx)` writes state; `keep(q, kv, ctx) -> KeepSet |
-    None` says what stays. q: [B, Hq, T, D] as the model rotated it. Rows are left-aligned: real tokens first.
+    None`, or a generator of KeepSets (also for earlier layers), says what stays. q: [B, Hq, T, D] as the model rotated
+    it. Rows are left-aligned: real tokens first.
     One lives outside attention: `prepare(model, input_ids, kwargs) -> (input_ids, kwargs)` puts another prompt in the
     place of the one `generate` was given (int64 [B, N] both, kwargs are generate's own).
     """
@@ -62,6 +63,11 @@ class Patch:
     def reweight_at(self) -> frozenset[str]:
         """Phases in which `reweight` is called: "prefill", "decode"."""
         return frozenset({"prefill", "decode"}) if "reweight" in self.hooks() else frozenset()
+
+    @property
+    def observe_at(self) -> frozenset[str]:
+        """Phases in which `observe` is called: "prefill", "decode"."""
+        return frozenset({"prefill", "decode"}) if "observe" in self.hooks() else frozenset()
 
     @property
     def needs_complete_kv(self) -> bool:

@@ -16,7 +16,7 @@ def probe(
 ) -> Any:  # fmt: skip
     """What `patch` decides for a prompt: its KeepSet, or the Selections of a method that selects; None = dense.
 
-    A generator `select` is run to its end: the list of its Selections comes back.
+    A generator is run to its end: the list of its Selections (or KeepSets) comes back.
 
     patch: a name or a Patch object. q: [B, Hq, N, D] (or the last queries [B, Hq, T, D]); k, v: [B, Hkv, N, D],
     rotated as the model rotates them. padding: bool [B, N], True for real tokens; slots of the answer then count a
@@ -53,6 +53,13 @@ def probe(
     )  # fmt: skip
     ctx.ragged, ctx.turn = padding is not None, known.get("turn")
     ctx.bytes_per_token = float((k[0, :, 0].numel() + v[0, :, 0].numel()) * k.element_size() * ctx.n_layers)
+
+    def at(layer: int) -> KV:
+        if layer != ctx.layer:
+            raise ConfigError(f"{method.name} decides for earlier layers too, which probe has not; probe layer 0.")
+        return kv
+
+    ctx.at = at
     if method.query_tail:
         last = q_pos.argsort(dim=-1, stable=True)[:, -method.query_tail :]
         ctx.tail = q.gather(2, last[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
@@ -66,7 +73,14 @@ def probe(
         if "observe" in method.hooks():
             ctx.lse = dense.run(q, kv, Selection(), ctx, want_lse=True)[1]
             method.observe(q, kv, ctx)
-        return method.keep(q, kv, ctx) if "keep" in method.hooks() else None
+        return _kept(method.keep(q, kv, ctx)) if "keep" in method.hooks() else None
+
+
+def _kept(decision: Any) -> Any:
+    """A KeepSet, or the list of those that a generator yields."""
+    from collections.abc import Generator
+
+    return list(decision) if isinstance(decision, Generator) else decision
 
 
 def _run_through(decision: Any, q: Any, kv: Any, ctx: Any) -> Any:

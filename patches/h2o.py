@@ -59,12 +59,20 @@ class H2O(EvictPatch):
         sums = sums.unflatten(1, (kv.k.shape[1], -1)).sum(2)  # [B, Hkv, S]
         kv.state["score"] = kv.state["score"] + sums if "score" in kv.state else sums
 
-    def scores(self, kv: KV) -> Tensor:
+    def scores(self, kv: KV, ctx: Ctx | None = None) -> Tensor:
         """Accumulated attention [B, Hkv, S], per query if `normalize`."""
         score = kv.state["score"]
         if not self.normalize:
             return score
         return score / (kv.pos.amax(-1, keepdim=True) - kv.pos + 1).clamp(min=1)
+
+    def capacities(self, ctx: Ctx) -> tuple[int, ...]:
+        """Entries each row keeps in this layer."""
+        return ctx.capacity(self.budget)
+
+    def tails(self, capacity: tuple[int, ...]) -> tuple[int, ...]:
+        """The last entries of each row that stay whatever their scores."""
+        return tuple(round(c * self.recent_ratio) for c in capacity)
 
     def keep(self, q: Tensor, kv: KV, ctx: Ctx) -> KeepSet | None:
         from attnpatch.decisions import KeepSet
@@ -76,8 +84,8 @@ class H2O(EvictPatch):
             return drop_one(self.scores(kv).masked_fill(recent, float("inf")), kv)
         import torch
 
-        capacity = ctx.capacity(self.budget)
-        recent_of = tuple(round(c * self.recent_ratio) for c in capacity)
+        capacity = self.capacities(ctx)
+        recent_of = self.tails(capacity)
         remember_limit(kv, capacity)
         kv.state["recent"] = torch.tensor(recent_of, device=kv.k.device)
         if kv.S <= min(capacity):

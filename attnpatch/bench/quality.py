@@ -41,7 +41,7 @@ TASKS = (
     "needle:4096:1:200:64", "needle:4096:16:200:64", "vt:4096:4:200:64", "lines:4096:1:200:64",
     "needle:16384:1:100:16", "needle:16384:16:100:16",
 )  # fmt: skip
-WINDOWS = {"snapkv": 32, "pyramidkv": 8, "random": 32}  # the methods' own window_size
+WINDOWS = {"snapkv": 32, "pyramidkv": 8, "random": 32, "adakv": 32, "cake": 32}  # the methods' own window_size
 SEED = 500_000
 
 

@@ -145,7 +145,7 @@ def resume(model: Any, patch: Patch, record: Record) -> PatchCache:
         kv.pos = layer.pos
         kv.state.update({name: t.clone() for name, t in source.state.items()})
         kv.plain.update(source.plain)
-        decision = patch.keep(None, kv, _narrow(record.told[cache.plan.ordinal[index]], patch.query_tail))
-        if decision is not None:
-            layer.keep(decision, cache.turn)
+        ordinal = cache.plan.ordinal[index]
+        told = replace(_narrow(record.told[ordinal], patch.query_tail), at=cache.view)
+        cache.decide(patch.keep(None, kv, told), ordinal)
     return cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,7 +109,7 @@ def _patched(
     plan, event = call.plan, call.event
     cache: PatchCache = call.cache  # type: ignore[assignment]  # a PatchLayer comes from one
     ordinal = plan.ordinal.get(index)
-    idle = ordinal is None or not plan.acts_on_steps
+    idle = (ordinal is None or not plan.acts_on_steps) and layer.packed is None
     if event == "step" and idle and softcap is None and call.custom is None:  # nothing to decide: be quick
         kv = layer.append(k, v, call)
         out = dense.single(q, kv.k, kv.v, scaling, call.row_lengths(layer))
@@ -128,11 +127,11 @@ def _patched(
     kv = layer.append(k, v, call)
     if layer.count is not None and layer.count.shape[1] == 1 and event != "step":
         kv.real = call.real(layer.count)
-    if kv.holes:
-        kv.pos = layer.pos
+    if kv.holes and (kv.packed is None or q.shape[2] > 1):  # one query sees all of packed storage
+        kv.pos = layer.pos if kv.packed is None else None
         q_pos = call.q_pos(q.shape[0], q.device) if q_pos is None else q_pos
     keeper = plan.keeper if ordinal is not None and _may_evict(plan.keeper, layer, event, cache.turn) else None
-    observers = plan.observers if ordinal is not None else ()
+    observers = plan.observers[call.phase] if ordinal is not None else ()
     custom = _custom_mask(call, layer, order, q, keeper)
     ctx = Ctx(ordinal or 0, len(plan.covered), call.phase, event, q_pos, (), scaling, softcap, None, custom)
     ctx.index = index
@@ -140,7 +139,7 @@ def _patched(
         ctx.turn = lambda x, by: plan.rope.turn(x, index, by)
         ctx.back = lambda x: call.unturned(x, index)
     reweighters = plan.reweighters[call.phase] if ordinal is not None else ()
-    want_lse = bool(reweighters) or (bool(observers) and plan.needs_lse)
+    want_lse = bool(reweighters) or any(p.needs_lse for p in observers)
     selector = plan.selectors.get(call.phase) if ordinal is not None else None
     if selector is not None or reweighters or observers or keeper is not None:
         _complete(call, layer, kv, ctx, q)
@@ -233,16 +232,13 @@ def _decide(
     call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor, lse: Tensor | None, observers: Any, keeper: Any
 ) -> None:
     """Run the hooks and apply what they decide."""
+    cache: PatchCache = call.cache  # type: ignore[assignment]
     ctx.lse, ctx.out = lse, None
+    ctx.at = cache.view
     for patch in observers:
         patch.observe(q, kv, ctx)
     if keeper is None:
         return
     if call.event != "step":
         ctx.untouched = _untouched(call, layer, keeper)
-    decision = keeper.keep(q, kv, ctx)
-    if decision is None:
-        return
-    if os.environ.get("ATTNPATCH_DEBUG"):  # waits for the device
-        decision.validate(kv.k.shape[0], kv.k.shape[1], kv.S)
-    layer.keep(decision, call.cache.turn)  # type: ignore[union-attr]
+    cache.decide(keeper.keep(q, kv, ctx), ctx.layer)

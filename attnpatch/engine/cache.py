@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache
 
 from attnpatch.engine.layer import PatchLayer
-from attnpatch.errors import PatchStateError, UnsupportedModeError
+from attnpatch.errors import InputError, PatchStateError, UnsupportedModeError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from attnpatch.engine.call import Plan
+    from attnpatch.decisions import KeepSet
+    from attnpatch.engine.call import KV, Plan
 
 
 @dataclass
@@ -104,6 +107,29 @@ class PatchCache(DynamicCache):
                 layer.tail = None
         self._in_prompt = after < self.prompt_end
         return "chunk" if self._in_prompt else "prompt"
+
+    def view(self, layer: int) -> KV:
+        """What covered layer `layer` holds now."""
+        held: Any = self.layers[self.plan.covered[layer]]
+        view: KV = held.view()
+        view.pos = held.pos
+        return view
+
+    def decide(self, decision: Any, layer: int) -> None:
+        """Apply what `keep` said in covered layer `layer`: None, a KeepSet, or a generator of them, one by one."""
+        for each in decision if isinstance(decision, Generator) else (decision,):
+            if each is not None:
+                self.apply(each, layer)
+
+    def apply(self, keep: KeepSet, layer: int) -> None:
+        """Apply what the method said in covered layer `layer`, to the layer it names."""
+        named = layer if keep.layer is None else keep.layer
+        if not 0 <= named <= layer:
+            raise InputError(f"KeepSet for layer {named}; layer {layer} may decide for layers 0..{layer}.")
+        target: Any = self.layers[self.plan.covered[named]]
+        if os.environ.get("ATTNPATCH_DEBUG"):  # waits for the device
+            keep.validate(target.keys.shape[0], target.keys.shape[1], target.held)
+        target.keep(keep, self.turn)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens (a negative count) in every layer, or raise and leave every layer as it was."""

@@ -49,18 +49,15 @@ class Plan:
         return next((p for p in self.patches if "prepare" in p.hooks()), None)
 
     @cached_property
-    def observers(self) -> tuple[Patch, ...]:
-        return tuple(p for p in self.patches if "observe" in p.hooks())
-
-    @cached_property
-    def needs_lse(self) -> bool:
-        return any(p.needs_lse for p in self.observers)
+    def observers(self) -> dict[str, tuple[Patch, ...]]:
+        """Phase -> the methods that look on."""
+        return {phase: tuple(p for p in self.patches if phase in p.observe_at) for phase in ("prefill", "decode")}
 
     @cached_property
     def acts_on_steps(self) -> bool:
         """Whether any hook runs during decoding."""
         keeps = self.keeper is not None and "step" in self.keeper.evict_at
-        return bool(self.observers) or keeps or "decode" in self.selectors or bool(self.reweighters["decode"])
+        return bool(self.observers["decode"]) or keeps or "decode" in self.selectors or bool(self.reweighters["decode"])
 
     @cached_property
     def selectors(self) -> dict[str, Patch]:
@@ -97,6 +94,7 @@ class KV:
     clean: bool = False  # empty slots hold no NaN
     ordered: bool = False  # slots ascend without gaps, so a window is a range of slots
     aligned: bool = False  # entries lie in the slot of their position
+    packed: Any = None  # the storage where heads hold different numbers of entries; k and v are then padded copies
     real: Any = None  # (queries, keys): int32 [B], tokens of each row where both lie in front, the newest keys last
 
     @property
@@ -129,6 +127,7 @@ class Ctx:
     bytes_per_token: float | None = None
     report: dict[str, Tensor] = field(default_factory=dict)  # numbers to show in status (their mean), by name
     untouched: tuple[bool, ...] = ()  # rows that keep all they hold, whatever the budget
+    at: Any = None  # at(j): KV of covered layer j as it is now, for decisions on earlier layers
     index: int = 0  # the layer's number in the model, as profiles count
 
     @property

@@ -12,6 +12,8 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from attnpatch.engine.call import KV
+from attnpatch.engine.ragged import Packed, PackedKV
+from attnpatch.engine.slots import gather, own
 from attnpatch.errors import InputError, UnsupportedModeError
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ class PatchLayer(DynamicLayer):
     """A full-attention layer that may hold fewer tokens than it has seen.
 
     keys, values: [B, Hkv, S, D]. Row b (of head h) holds its entries in slots 0 .. count - 1, in any order of time;
-    what lies behind them is free. Positions are implicit (slot = position) until something is dropped.
+    what lies behind them is free. Positions are implicit (slot = position) until something is dropped. Where heads hold
+    different numbers they may lie in `packed` instead; keys and values are then empty.
     """
 
     is_croppable = False  # a dropped entry cannot come back
@@ -43,6 +46,7 @@ class PatchLayer(DynamicLayer):
         self._base: Any = None  # count at that look
         self._next: Any = 0  # int or [B, 1]: position of the first entry after it; later ones follow on
         self._late = 0  # slots appended since
+        self.packed: Packed | None = None  # the storage where heads hold different numbers of entries
         self.mask: Any = None  # the last padding mask, bool [B, seen]
         self.complete = True  # nothing was evicted
         self.compressed_turn: Any = -1  # the turn of the last eviction, int or int [B] by row; -1 = none
@@ -118,7 +122,7 @@ class PatchLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
-        whole = isinstance(end, int)
+        whole, packed = isinstance(end, int), self._unpack()
         end = end if whole else end.to(self.keys.device)
         if self.aligned:
             self.count = None if whole else torch.minimum(self._counts(), end)
@@ -133,6 +137,8 @@ class PatchLayer(DynamicLayer):
             self._pick(index, None if whole and self.count is None else count, end)
         self.mask, self._spare, self.tail = mask, None, None
         self.rows.clear()
+        if packed:
+            self._pack()
 
     def _counts(self) -> Tensor:
         """int32 [B, 1|Hkv] entries of each row."""
@@ -157,6 +163,8 @@ class PatchLayer(DynamicLayer):
         if not self.is_initialized:
             return
         self.keys, self.values = pick(self.keys), pick(self.values)
+        if self.packed is not None:
+            self.packed.rows(pick)
         self._pos = None if self._pos is None else pick(self._pos)
         for name in ("count", "_base", "_next", "mask", "pages", "compressed_turn"):
             value = getattr(self, name)
@@ -169,17 +177,21 @@ class PatchLayer(DynamicLayer):
     # ---- what the engine does with it ------------------------------------------------------------------------
     @property
     def held(self) -> int:
-        """Slots held."""
+        """Slots held; of the longest head where they differ."""
+        if self.packed is not None:
+            return self.packed.widest
         return self.keys.shape[2] if self.is_initialized else 0
 
     @property
     def aligned(self) -> bool:
         """Whether slots are positions."""
-        return self._pos is None
+        return self._pos is None and self.packed is None
 
     @property
     def pos(self) -> Tensor:
         """int32 [B, 1|Hkv, S] true positions of the slots, -1 = free."""
+        if self.packed is not None:
+            return self.packed.padded("pos")
         slot = torch.arange(self.held, device=self.keys.device, dtype=torch.int32)
         if self._pos is None:
             pos = slot.expand(self.keys.shape[0], 1, -1)
@@ -201,7 +213,9 @@ class PatchLayer(DynamicLayer):
     def append(self, k: Tensor, v: Tensor, call: Call) -> KV:
         """Store k, v [B, Hkv, T, D], real tokens first; the view to attend. Never waits for the device."""
         first, new = self.held == 0, k.shape[2]
-        if call.padding is None and self.count is None:
+        if self.packed is not None:
+            self._append_packed(k, v, call)
+        elif call.padding is None and self.count is None:
             self._join(k, v)
         elif first:
             self.count, self.mask = call.total.to(k.device), call.padding
@@ -212,11 +226,42 @@ class PatchLayer(DynamicLayer):
         self.seen += new
         self.tokens_since += new
         self._late += new
+        return self.view(first)
+
+    def view(self, first: bool = False) -> KV:
+        """What a hook sees of the layer. first: nothing was held before this call."""
+        if self.packed is not None:
+            return PackedKV(self.packed, self.complete, self.state, self.rows, self.plain)
         # the pads of a first chunk lie behind causality: plain causal is right for it
         holes = self.count is not None and not first
         view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.rows, self.plain, clean=True)
         view.aligned, view.ordered = self.aligned, self.aligned and not holes
         return view
+
+    def _append_packed(self, k: Tensor, v: Tensor, call: Call) -> None:
+        fresh = None if call.padding is None else call.fresh.to(k.device)
+        self.packed.append(k, v, self._next, fresh)  # type: ignore[union-attr]
+        self._next = self._next + (k.shape[2] if fresh is None else fresh)
+        self.count = self.packed.count  # type: ignore[union-attr]
+        self.mask = self.mask if call.padding is None else call.padding
+        self._tokens(lambda t: torch.nn.functional.pad(t, (0, k.shape[2])))
+
+    def _pack(self) -> None:
+        """Store without padding what heads hold in different numbers. Waits for the device."""
+        pos, count = self.pos.expand(self.keys.shape[:3]), self._counts().expand(self.keys.shape[:2])
+        self.packed = Packed(self.keys, self.values, pos, count)
+        self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
+        self.count = self.packed.count
+        self._tokens(lambda t: t[..., : self.held])
+        self._pos = self._base = self._spare = None
+
+    def _unpack(self) -> bool:
+        """Store one rectangle; whether it was packed."""
+        packed, self.packed = self.packed, None
+        if packed is not None:
+            self.keys, self.values = packed.padded("k"), packed.padded("v")
+            self._set_pos(packed.padded("pos"), self._next)
+        return packed is not None
 
     def _join(self, k: Tensor, v: Tensor) -> None:
         held, new = self.keys.shape[2], k.shape[2]
@@ -227,7 +272,7 @@ class PatchLayer(DynamicLayer):
             buffer_v[:, :, held:] = v
             self.keys, self.values = buffer_k, buffer_v
         elif held == 0:
-            self.keys, self.values = _own(k), _own(v)
+            self.keys, self.values = own(k), own(v)
         else:
             self.keys, self.values = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
         self._spare = None
@@ -268,8 +313,14 @@ class PatchLayer(DynamicLayer):
 
     def keep(self, keep: KeepSet, turn: int) -> None:
         """Apply a decision at once: gather what stays, or overwrite what goes."""
+        packed = self._unpack() or keep.packed
+        self._apply(keep, turn)
+        if packed and not self.complete:
+            self._pack()
+
+    def _apply(self, keep: KeepSet, turn: int) -> None:
         pos, before = self.pos, None if self.count is None and keep.count is None else self._counts()
-        following = self._next if self._pos is not None else self.held if self.count is None else self.count
+        following = self._next if self._pos is not None else self.held if self.count is None else self.count[:, :1]
         turns: Any = turn
         if keep.drop is not None:
             self._overwrite(keep.drop, keep.shrink, pos, following)
@@ -289,7 +340,7 @@ class PatchLayer(DynamicLayer):
         index = index.expand(-1, self.keys.shape[1], -1)
         pos = self.pos.expand_as(self.keys[..., 0]).gather(-1, index)
         self.count = count
-        self.keys, self.values = _gather(self.keys, index), _gather(self.values, index)
+        self.keys, self.values = gather(self.keys, index), gather(self.values, index)
         self._tokens(lambda t: t.gather(-1, index[:, : t.shape[1]]))
         self._zero_free()
         self._set_pos(pos if self.count is None else pos.masked_fill(self._free(), -1), following)
@@ -346,16 +397,7 @@ class PatchLayer(DynamicLayer):
         """Bytes allocated for K and V, spare slots included."""
         if not self.is_initialized:
             return 0
+        if self.packed is not None:
+            return self.packed.bytes()
         pair = self._spare or (self.keys, self.values)
         return sum(t.numel() * t.element_size() for t in pair)
-
-
-def _own(x: Tensor) -> Tensor:
-    """x, copied where it is a part of something larger (a fused projection), which it would keep alive."""
-    whole = torch.compiler.is_compiling() or x.untyped_storage().nbytes() > x.numel() * x.element_size()
-    return x.clone(memory_format=torch.contiguous_format) if whole else x
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, H, S, D] at index [B, H, M] -> [B, H, M, D]."""
-    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))

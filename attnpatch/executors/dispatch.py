@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attnpatch.errors import InputError
-from attnpatch.executors import dense
+from attnpatch.executors import dense, ragged
 
 COARSE = 16  # query rows and keys of a list from which the block-sparse kernels take it
 
@@ -28,6 +28,8 @@ def run(
     q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of the rows that `selection` covers: out [B, rows, Hq, D], lse [B, Hq, rows] or None."""
+    if getattr(kv, "packed", None) is not None and selection.dense:
+        return ragged.run(q, kv.packed, ctx, want_lse)
     if selection.index is None and selection.columns is None:
         return dense.run(q, kv, selection, ctx, want_lse)
     if selection.skip:

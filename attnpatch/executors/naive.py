@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+
+class KVPart(NamedTuple):
+    """The entries of one KV head."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    pos: torch.Tensor
 
 
 def _logits(q: torch.Tensor, kv: Any, scaling: float, softcap: float | None) -> torch.Tensor:
@@ -104,6 +112,28 @@ def run(
     v = torch.where((kv.pos >= 0)[..., None], kv.v, 0.0).to(probs.dtype)
     out = probs @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # [B, Hq, T, D]
     return out.to(q.dtype).transpose(1, 2), lse if want_lse else None
+
+
+def ragged(
+    q: torch.Tensor, packed: Any, ctx: Any, want_lse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """The reference for `ragged.run`: each row and KV head by itself."""
+    (batch, heads, rows, _), kv_heads = q.shape, packed.count.shape[1]
+    group = heads // kv_heads
+    out = torch.zeros(batch, rows, heads, packed.v.shape[1], dtype=q.dtype, device=q.device)
+    lse = torch.full((batch, heads, rows), float("-inf"), device=q.device)
+    for b in range(batch):
+        for h in range(kv_heads):
+            first, own = int(packed.start[b, h]), slice(h * group, (h + 1) * group)
+            part = slice(first, first + int(packed.count[b, h]))
+            pos = packed.pos[part]
+            row = torch.full((rows,), pos.max()) if ctx.q_pos is None else ctx.q_pos[b]
+            kv = KVPart(packed.k[part][None, None], packed.v[part][None, None], pos[None, None])
+            seen = visible(kv, row[None].to(q.device))
+            probs, logsum = _probabilities(_logits(q[b : b + 1, own], kv, ctx.scaling, ctx.softcap), seen)
+            out[b, :, own] = (probs @ kv.v.to(probs.dtype))[0].transpose(0, 1).to(q.dtype)
+            lse[b, own] = logsum[0].to(lse.dtype)
+    return out, lse if want_lse else None
 
 
 def reweight(

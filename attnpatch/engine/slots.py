@@ -1,0 +1,21 @@
+"""Small operations on the slots of keys and values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def own(x: Tensor) -> Tensor:
+    """x, copied where it is a part of something larger (a fused projection), which it would keep alive."""
+    whole = torch.compiler.is_compiling() or x.untyped_storage().nbytes() > x.numel() * x.element_size()
+    return x.clone(memory_format=torch.contiguous_format) if whole else x
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, H, S, D] at index [B, H, M] -> [B, H, M, D]."""
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))

@@ -212,7 +212,8 @@ def test_prefill_quick_run(tmp_path):
 
     prefill.main(["--quick", "--lengths", "600", "--device", "cpu", "--out", str(tmp_path / "p.json")])
     (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]
-    assert set(row["methods"]) == set(prefill.METHODS) and not any("error" in m for m in row["methods"].values())
+    assert set(row["methods"]) == set(prefill.METHODS)
+    assert all(0 <= m["error"] < 0.1 for m in row["methods"].values())  # how far off, not what went wrong
     assert {f"{name} total" for name in prefill.METHODS} <= set(row["over_dense"])
 
 
@@ -227,3 +228,13 @@ def test_decode_quick_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         decode.main(["--device", "cpu", "--out", str(tmp_path / "d.json")])
     assert "--quick" in capsys.readouterr().err
+
+
+def test_ragged_quick_run(tmp_path):
+    from attnpatch.bench import ragged
+
+    assert ragged.counts("adakv", 1000, 8)[-1] == pytest.approx(8 * ragged.counts("adakv", 1000, 8)[0], rel=0.02)
+    ragged.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "r.json")])
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert not row["errors"] and set(row["over_dense"]) == {"adakv torch", "duoattention torch"}
+    assert row["kept"]["adakv"]["bytes_over_dense"] < 0.27

@@ -112,7 +112,7 @@ def row(
             selected = terms(patch, q, kv, ctx)
             memory = peak_memory(partial(computed, patch, q, kv, ctx), clock)
         except Exception as error:  # a measuring script: one failure must not lose the rest
-            result["methods"][name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            result["methods"][name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
             continue
         executors = sorted({dispatch.executor(term, length) for term in selected}) or ["dense"]
         result["methods"][name] = {

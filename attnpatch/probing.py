@@ -28,15 +28,37 @@ def probe(
 
     from attnpatch.api import resolve
     from attnpatch.decisions import Selection
-    from attnpatch.engine.call import KV, Ctx
     from attnpatch.executors import dense
 
-    known = {name: state.pop(name) for name in ("layer", "n_layers", "softcap", "event", "tail", "prompt_len", "turn")
+    known: dict[str, Any] = {name: state.pop(name) for name in ("layer", "n_layers", "softcap", "event", "tail", "prompt_len", "turn")
              if name in state}  # fmt: skip
     patches = resolve(patch, **state)
     if len(patches) != 1:
         raise ConfigError("probe takes one patch; probe them one by one.")
     method, v = patches[0], k if v is None else v
+    q_pos, kv, ctx = _call(method, q, k, v, scaling, padding, known)
+    if method.query_tail:
+        last = q_pos.argsort(dim=-1, stable=True)[:, -method.query_tail :]
+        ctx.tail = q.gather(2, last[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+        ctx.tail_pos = q_pos.gather(1, last)
+        if known.get("tail") is not None:
+            ctx.tail = known["tail"]
+    with torch.no_grad():
+        if "select" in method.hooks() and "keep" not in method.hooks():
+            kv.holes = False  # pads lie behind the real tokens
+            return _run_through(method.select(q, kv, ctx), q, kv, ctx)
+        if "observe" in method.hooks():
+            ctx.lse = dense.run(q, kv, Selection(), ctx, want_lse=True)[1]
+            method.observe(q, kv, ctx)
+        return _kept(method.keep(q, kv, ctx)) if "keep" in method.hooks() else None
+
+
+def _call(method: Any, q: Any, k: Any, v: Any, scaling: Any, padding: Any, known: dict[str, Any]) -> Any:
+    """(q_pos [B, T], kv, ctx) of a prompt, its real tokens moved to the front."""
+    import torch
+
+    from attnpatch.engine.call import KV, Ctx
+
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
         raise InputError(f"q {tuple(q.shape)}, k {tuple(k.shape)} do not fit: give [B, Hq, T<=N, D], [B, Hkv, N, D].")
     batch, n, rows = k.shape[0], k.shape[2], q.shape[2]
@@ -60,20 +82,7 @@ def probe(
         return kv
 
     ctx.at = at
-    if method.query_tail:
-        last = q_pos.argsort(dim=-1, stable=True)[:, -method.query_tail :]
-        ctx.tail = q.gather(2, last[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-        ctx.tail_pos = q_pos.gather(1, last)
-        if known.get("tail") is not None:
-            ctx.tail = known["tail"]
-    with torch.no_grad():
-        if "select" in method.hooks() and "keep" not in method.hooks():
-            kv.holes = False  # pads lie behind the real tokens
-            return _run_through(method.select(q, kv, ctx), q, kv, ctx)
-        if "observe" in method.hooks():
-            ctx.lse = dense.run(q, kv, Selection(), ctx, want_lse=True)[1]
-            method.observe(q, kv, ctx)
-        return _kept(method.keep(q, kv, ctx)) if "keep" in method.hooks() else None
+    return q_pos, kv, ctx
 
 
 def _kept(decision: Any) -> Any:

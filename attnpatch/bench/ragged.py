@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from attnpatch.bench.decode import FULL, QUICK, Layer, dense_steps, layers
-from attnpatch.bench.measure import Clock, captured, environment, interleave, parser
+from attnpatch.bench.measure import Clock, environment, parser, per_layer
 from attnpatch.engine.ragged import Packed
 from attnpatch.executors import ragged
 
@@ -59,16 +59,8 @@ def row(own: list[Layer], repeats: int, clock: Clock) -> dict[str, Any]:
             calls[f"{method} {backend}"] = [
                 partial(ragged.run, x.q, s, x.ctx, _backend=backend) for x, s in zip(own, storage, strict=True)
             ]
-    result: dict[str, Any] = {"keys": own[0].kv.S, "layers": len(own), "kept": kept, "clock": {}, "errors": {}}
-    runs: dict[str, Callable[[], Any]] = {}
-    for name, each in calls.items():
-        try:
-            runs[name], result["clock"][name] = captured(each, clock)
-        except Exception as error:  # a measuring script: one failure must not lose the rest
-            result["errors"][name] = f"{type(error).__name__}: {error}"[:500]
-    times = interleave(runs, repeats, clock)
-    for summary in times.values():
-        summary |= {key: summary[key] / len(own) for key in ("median_ms", "p10_ms", "p90_ms")}
+    times, clocks, errors = per_layer(calls, len(own), repeats, clock)
+    result = {"keys": own[0].kv.S, "layers": len(own), "kept": kept, "clock": clocks, "errors": errors}
     best = min((n for n in times if n.startswith("dense")), key=lambda n: times[n]["median_ms"])
     over = {n: round(t["median_ms"] / times[best]["median_ms"], 5) for n, t in times.items() if n != best}
     return {**result, "times": times, "fastest_dense": best, "over_dense": over}

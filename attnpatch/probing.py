@@ -30,8 +30,8 @@ def probe(
     from attnpatch.decisions import Selection
     from attnpatch.executors import dense
 
-    known: dict[str, Any] = {name: state.pop(name) for name in ("layer", "n_layers", "softcap", "event", "tail", "prompt_len", "turn")
-             if name in state}  # fmt: skip
+    names = ("layer", "n_layers", "softcap", "event", "tail", "prompt_len", "turn")
+    known: dict[str, Any] = {name: state.pop(name) for name in names if name in state}
     patches = resolve(patch, **state)
     if len(patches) != 1:
         raise ConfigError("probe takes one patch; probe them one by one.")

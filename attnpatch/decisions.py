@@ -41,8 +41,13 @@ class Selection:
     sink: int = 0  # keys at positions 0 .. sink - 1
     window: int = 0  # the last keys of each query, itself included
     skip: int = 0  # keys at positions below are left out, whatever names them
-    at: torch.Tensor | None = None  # int [B, rows] positions the queries are rotated to instead of their own
+    at: torch.Tensor | None = None  # int [B, rows] or [B, Hq, rows] positions the queries are rotated to, not their own
     rows: slice | None = None  # query rows of this call that the term covers; None = all
+    # int32 [B|1, H, R, g], with page 1 and without bq, columns, sink, window and count: list r is for these rows (of
+    # `rows`), in any order, -1 = unused, no row in two lists; other rows get nothing. Lists need not ascend, may hold
+    # -1 (unused), and name no slot twice unless by entries of weight -inf
+    groups: torch.Tensor | None = None
+    weight: torch.Tensor | None = None  # fp32, as index, with groups: added to the logits; -inf = not attended
 
     @property
     def named(self) -> bool:

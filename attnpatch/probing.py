@@ -20,45 +20,23 @@ def probe(
 
     patch: a name or a Patch object. q: [B, Hq, N, D] (or the last queries [B, Hq, T, D]); k, v: [B, Hkv, N, D],
     rotated as the model rotates them. padding: bool [B, N], True for real tokens; slots of the answer then count a
-    row's real tokens. state: layer, n_layers, softcap, event ("prompt" | "chunk"), tail, prompt_len, budget and the
-    patch's own hyperparameters. Raises InputError on shapes that do not fit, ConfigError on an unknown keyword.
+    row's real tokens. state: layer, n_layers, softcap, event ("prompt" | "chunk"), tail, prompt_len, turn (of a method
+    that re-numbers positions: see Ctx), budget and the patch's own hyperparameters. Raises InputError on shapes that do
+    not fit, ConfigError on an unknown keyword.
     """
     import torch
 
     from attnpatch.api import resolve
     from attnpatch.decisions import Selection
-    from attnpatch.engine.call import KV, Ctx
     from attnpatch.executors import dense
 
-    known = {name: state.pop(name) for name in ("layer", "n_layers", "softcap", "event", "tail", "prompt_len")
-             if name in state}  # fmt: skip
+    names = ("layer", "n_layers", "softcap", "event", "tail", "prompt_len", "turn")
+    known: dict[str, Any] = {name: state.pop(name) for name in names if name in state}
     patches = resolve(patch, **state)
     if len(patches) != 1:
         raise ConfigError("probe takes one patch; probe them one by one.")
     method, v = patches[0], k if v is None else v
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
-        raise InputError(f"q {tuple(q.shape)}, k {tuple(k.shape)} do not fit: give [B, Hq, T<=N, D], [B, Hkv, N, D].")
-    batch, n, rows = k.shape[0], k.shape[2], q.shape[2]
-    real = torch.ones(batch, n, dtype=torch.bool, device=k.device) if padding is None else padding.bool()
-    order = (~real).to(torch.uint8).argsort(dim=-1, stable=True)  # real tokens first
-    pos = torch.where(real, real.long().cumsum(-1) - 1, -1).gather(1, order)
-    k, v = (x.gather(2, order[:, None, :, None].expand_as(x)) for x in (k, v))
-    q_pos = torch.where(real, real.long().cumsum(-1) - 1, -1)[:, n - rows :]
-    kv = KV(k, v, pos[:, None].to(torch.int32), holes=padding is not None)
-    lengths = known.get("prompt_len") or tuple(real.sum(-1).tolist())
-    ctx = Ctx(
-        known.get("layer", 0), known.get("n_layers", 1), "prefill", known.get("event", "prompt"), q_pos, tuple(lengths),
-        k.shape[-1] ** -0.5 if scaling is None else scaling, known.get("softcap"),
-    )  # fmt: skip
-    ctx.ragged = padding is not None
-    ctx.bytes_per_token = float((k[0, :, 0].numel() + v[0, :, 0].numel()) * k.element_size() * ctx.n_layers)
-
-    def at(layer: int) -> KV:
-        if layer != ctx.layer:
-            raise ConfigError(f"{method.name} decides for earlier layers too, which probe has not; probe layer 0.")
-        return kv
-
-    ctx.at = at
+    q_pos, kv, ctx = _call(method, q, k, v, scaling, padding, known)
     if method.query_tail:
         last = q_pos.argsort(dim=-1, stable=True)[:, -method.query_tail :]
         ctx.tail = q.gather(2, last[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
@@ -75,6 +53,38 @@ def probe(
         return _kept(method.keep(q, kv, ctx)) if "keep" in method.hooks() else None
 
 
+def _call(method: Any, q: Any, k: Any, v: Any, scaling: Any, padding: Any, known: dict[str, Any]) -> Any:
+    """(q_pos [B, T], kv, ctx) of a prompt, its real tokens moved to the front."""
+    import torch
+
+    from attnpatch.engine.call import KV, Ctx
+
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
+        raise InputError(f"q {tuple(q.shape)}, k {tuple(k.shape)} do not fit: give [B, Hq, T<=N, D], [B, Hkv, N, D].")
+    batch, n, rows = k.shape[0], k.shape[2], q.shape[2]
+    real = torch.ones(batch, n, dtype=torch.bool, device=k.device) if padding is None else padding.bool()
+    order = (~real).to(torch.uint8).argsort(dim=-1, stable=True)  # real tokens first
+    pos = torch.where(real, real.long().cumsum(-1) - 1, -1).gather(1, order)
+    k, v = (x.gather(2, order[:, None, :, None].expand_as(x)) for x in (k, v))
+    q_pos = torch.where(real, real.long().cumsum(-1) - 1, -1)[:, n - rows :]
+    kv = KV(k, v, pos[:, None].to(torch.int32), holes=padding is not None)
+    lengths = known.get("prompt_len") or tuple(real.sum(-1).tolist())
+    ctx = Ctx(
+        known.get("layer", 0), known.get("n_layers", 1), "prefill", known.get("event", "prompt"), q_pos, tuple(lengths),
+        k.shape[-1] ** -0.5 if scaling is None else scaling, known.get("softcap"),
+    )  # fmt: skip
+    ctx.ragged, ctx.turn = padding is not None, known.get("turn")
+    ctx.bytes_per_token = float((k[0, :, 0].numel() + v[0, :, 0].numel()) * k.element_size() * ctx.n_layers)
+
+    def at(layer: int) -> KV:
+        if layer != ctx.layer:
+            raise ConfigError(f"{method.name} decides for earlier layers too, which probe has not; probe layer 0.")
+        return kv
+
+    ctx.at = at
+    return q_pos, kv, ctx
+
+
 def _kept(decision: Any) -> Any:
     """A KeepSet, or the list of those that a generator yields."""
     from collections.abc import Generator
@@ -86,7 +96,7 @@ def _run_through(decision: Any, q: Any, kv: Any, ctx: Any) -> Any:
     """The terms of a decision; a generator is sent what each term would have given."""
     from collections.abc import Generator
 
-    from attnpatch.engine.terms import each_term
+    from attnpatch.engine.terms import each_term, turned
     from attnpatch.executors import dispatch
 
     if not isinstance(decision, Generator):
@@ -95,7 +105,8 @@ def _run_through(decision: Any, q: Any, kv: Any, ctx: Any) -> Any:
 
     def compute(term: Any) -> Any:
         terms.append(term)
-        return dispatch.run(q, kv, term, ctx, True)
+        query = q if ctx.turn is None else turned(q, term, ctx)  # what a term gives does not count unless turned
+        return dispatch.run(query, kv, term, ctx, True)
 
     each_term(decision, compute)
     return terms

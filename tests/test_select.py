@@ -19,6 +19,16 @@ SMALL = {
     "flexprefill": {"gamma": 0.6, "min_budget": 32, "block_size": 16},
     "xattention": {"threshold": 0.5, "stride": 4, "block_size": 32},
     "minference": {"vertical": 30, "slash": 100},
+    "hyperattention": {"block_size": 16, "sample_size": 16, "min_seq_len": 64},
+    "longheads": {"window_size": 16, "atten_length": 64, "begin": 64},
+    "sale": {
+        "tau": 1000.0,
+        "dense_up_to": 48,
+        "block_size_q": 32,
+        "block_size_k": 16,
+        "local_window": 16,
+        "segment": 16,
+    },
 }
 PATCHES = [name for name in SMALL if name in list_patches()]
 WIDE = [name for name in FULL if name != "gemma2"]  # soft-capping: these methods leave Gemma2 dense
@@ -76,7 +86,7 @@ def test_sparse_prefill_then_eviction(patch):
     with attnpatch.patched(model, patch, **SMALL[patch]):
         sparse = logits(model, ids)
     evict = {"budget": 40, "window_size": 8}
-    mine = {**SMALL[patch], **({"decode": False} if patch == "hip" else {})}
+    mine = {**SMALL[patch], **({"decode": False} if patch in ("hip", "longheads") else {})}
     with attnpatch.patched(model, f"{patch}+snapkv", **{patch: mine, "snapkv": evict}):
         cache = attnpatch.PatchCache(model)
         torch.testing.assert_close(logits(model, ids, **{CACHE: cache}), sparse)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.api import resolve
-from attnpatch.bench.measure import Clock, captured, environment, interleave, parser
+from attnpatch.bench.measure import Clock, environment, parser, per_layer
 from attnpatch.bench.prefill import structured
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
@@ -203,16 +203,8 @@ def variants(own: list[Layer], quick: bool) -> tuple[dict[str, list[Callable[[],
 def row(own: list[Layer], repeats: int, clock: Clock, quick: bool) -> dict[str, Any]:
     """Times of one layer's step by every variant, in milliseconds, and their ratios to the fastest dense one."""
     calls, about = variants(own, quick)
-    result: dict[str, Any] = {"keys": own[0].kv.S, "layers": len(own), "methods": about, "clock": {}, "errors": {}}
-    runs: dict[str, Callable[[], Any]] = {}
-    for name, each in calls.items():
-        try:
-            runs[name], result["clock"][name] = captured(each, clock)
-        except Exception as error:  # as above
-            result["errors"][name] = f"{type(error).__name__}: {error}"[:500]
-    times = interleave(runs, repeats, clock)
-    for summary in times.values():
-        summary |= {key: summary[key] / len(own) for key in ("median_ms", "p10_ms", "p90_ms")}
+    times, clocks, errors = per_layer(calls, len(own), repeats, clock)
+    result = {"keys": own[0].kv.S, "layers": len(own), "methods": about, "clock": clocks, "errors": errors}
     median = {name: summary["median_ms"] for name, summary in times.items()}
     for name, parts in AVERAGES.items():
         if all(part in median for part, _ in parts):

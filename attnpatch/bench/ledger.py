@@ -54,8 +54,10 @@ def layer_ledger(layer: Any, pads: Sequence[int]) -> Ledger:
     batch, heads, slots = keys.shape[:3]
     allocated, whole, seen = storages((keys, values)), batch * heads * slots, layer.get_seq_length()
     if isinstance(layer, PatchLayer):
-        allocated = max(allocated, layer.bytes_held())
         claimed = int((layer.pos >= 0).expand(batch, heads, -1).sum())
+        allocated = max(allocated, layer.bytes_held())
+        if layer.packed is not None:  # no rectangle: free room behind a head's entries is spare
+            allocated, whole = layer.bytes_held(), claimed
         state = storages(t for t in (*layer.state.values(), *layer.rows.values(), *layer.plain.values()))
         dense = seen * batch * heads
     else:  # pads stand first; a sliding layer has let the oldest slots go

@@ -126,6 +126,23 @@ def captured(calls: list[Callable[[], Any]], clock: Clock) -> tuple[Callable[[],
     return graph.replay, "graph"
 
 
+def per_layer(
+    calls: Mapping[str, list[Callable[[], Any]]], count: int, repeats: int, clock: Clock
+) -> tuple[dict[str, dict[str, float]], dict[str, str], dict[str, str]]:
+    """Times of one layer where each variant runs once on each of `count` layers; what was timed, and what failed."""
+    runs: dict[str, Callable[[], Any]] = {}
+    clocks, errors = {}, {}
+    for name, each in calls.items():
+        try:
+            runs[name], clocks[name] = captured(each, clock)
+        except Exception as error:  # a measuring script: one failure must not lose the rest
+            errors[name] = f"{type(error).__name__}: {error}"[:500]
+    times = interleave(runs, repeats, clock)
+    for one in times.values():
+        one |= {key: one[key] / count for key in ("median_ms", "p10_ms", "p90_ms")}
+    return times, clocks, errors
+
+
 def summary(values: list[float]) -> dict[str, float]:
     """Median and the spread between the first and the last decile."""
     cuts = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9

@@ -21,6 +21,7 @@ from attnpatch.bench.engine import backend_output, peak_memory
 from attnpatch.bench.measure import Clock, captured, environment, interleave, parser, ratio
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
+from attnpatch.engine.terms import each_term, summed
 from attnpatch.executors import column_sums, dense, dispatch
 from attnpatch.executors.lists import share
 from attnpatch.patch import Patch
@@ -30,6 +31,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "xattention": {"stride": 16},
     "minference": {},
     "hip": {"dense_layers": 0},
+    "sale": {},
+    "hyperattention": {},
 }
 HEADS = {"cuda": (32, 8, 128), "cpu": (8, 4, 64)}  # query heads, KV heads, head dimension
 FULL, CPU, QUICK = (8192, 32768, 131072), (16384,), (600, 1300)
@@ -68,14 +71,30 @@ def problem(
 
 
 def terms(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> list[Any]:
-    """What the method selects, all of it; [] = dense."""
+    """What the method selects, all of it; [] = dense. Terms that wait for an answer are computed on the way."""
+    made: list[Any] = []
     decision = patch.select(q, kv, ctx)
-    return [] if decision is None else [decision] if not hasattr(decision, "send") else list(decision)
+    if decision is None:
+        return made
+
+    def compute(term: Selection) -> Any:
+        made.append(term)
+        return dispatch.run(q, kv, term, ctx, True) if patch.merges else None
+
+    each_term(decision, compute)
+    return made
 
 
-def computed(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> Any:
-    """Choosing and computing, term by term as the engine does."""
-    return [dispatch.run(q, kv, term, ctx)[0] for term in terms(patch, q, kv, ctx) or [Selection()]]
+def computed(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> torch.Tensor:
+    """Choosing and computing, term by term as the engine does: the output [1, N, Hq, D]."""
+    decision = patch.select(q, kv, ctx)
+    return summed(Selection() if decision is None else decision, q, kv, ctx, patch.merges)[0]
+
+
+def relative_error(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> float:
+    """Norm of the output's difference to dense attention, over that of the dense output."""
+    exact = dense.run(q, kv, Selection(), ctx)[0].float()
+    return round(float((computed(patch, q, kv, ctx).float() - exact).norm() / exact.norm()), 5)
 
 
 def row(
@@ -93,16 +112,16 @@ def row(
             selected = terms(patch, q, kv, ctx)
             memory = peak_memory(partial(computed, patch, q, kv, ctx), clock)
         except Exception as error:  # a measuring script: one failure must not lose the rest
-            result["methods"][name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            result["methods"][name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
             continue
         executors = sorted({dispatch.executor(term, length) for term in selected}) or ["dense"]
         result["methods"][name] = {
             "options": options, "terms": len(selected), "executors": executors, "peak_bytes": memory,
-            "share": share(selected, length, length),
+            "share": share(selected, length, length), "error": relative_error(patch, q, kv, ctx),
         }  # fmt: skip
-        runs |= {
-            f"{name} choosing": partial(terms, patch, q, kv, ctx), f"{name} total": partial(computed, patch, q, kv, ctx)
-        }  # fmt: skip
+        runs[f"{name} total"] = partial(computed, patch, q, kv, ctx)
+        if not patch.merges:  # choosing and computing take turns otherwise
+            runs[f"{name} choosing"] = partial(terms, patch, q, kv, ctx)
     if clock.device.type == "cuda" or length < 4096:
         runs |= scoring(q, kv, ctx)
     graphs: dict[str, Callable[[], Any]] = {}

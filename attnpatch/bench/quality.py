@@ -5,19 +5,16 @@ its tokens are right. Batches go through all methods in turn, so a run that stop
 evicting methods share one dense prefill of a batch (`attnpatch.bench.shared`), which gives the answers of plain
 `generate`. Without --methods all evicting ones run at the budgets of the table; methods that keep the whole cache
 (`--methods flexprefill hip`) run with their recipe, or with some of its values changed (`hip:mask_k=1024,sink=4`).
-`--tiny` is a dry run on a random toy model; its figures mean
-nothing.
+`--methods all` takes every method that needs no calibrated values. The file keeps every answer, so `--resume` goes on
+where an earlier run stopped, and `--table` prints it as a table. `--tiny` is a dry run on a random toy model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +24,11 @@ import yaml
 from attnpatch import breakeven
 from attnpatch.api import patched, resolve
 from attnpatch.bench import shared
+from attnpatch.bench.board import Method, Run, Tally, Task, markdown
 from attnpatch.bench.measure import environment
 from attnpatch.bench.shapes import SHAPES, random_model
 from attnpatch.errors import ConfigError
-from attnpatch.patch import Patch
-from attnpatch.recipe import load_recipe
+from attnpatch.patch import list_patches
 from attnpatch.report import status
 from attnpatch.testbed import tasks
 
@@ -41,68 +38,7 @@ TASKS = (
     "needle:4096:1:200:64", "needle:4096:16:200:64", "vt:4096:4:200:64", "lines:4096:1:200:64",
     "needle:16384:1:100:16", "needle:16384:16:100:16",
 )  # fmt: skip
-WINDOWS = {"snapkv": 32, "pyramidkv": 8, "random": 32, "adakv": 32, "cake": 32}  # the methods' own window_size
 SEED = 500_000
-
-
-@dataclass(frozen=True)
-class Task:
-    """One kind of prompt and how many of it are wanted."""
-
-    kind: str
-    length: int
-    keys: int
-    samples: int
-    batch: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.kind} {self.length} keys={self.keys}"
-
-    @classmethod
-    def parse(cls, text: str) -> Task:
-        """From KIND:TOKENS:KEYS:SAMPLES:BATCH."""
-        kind, *numbers = text.split(":")
-        if kind not in tasks.KINDS or len(numbers) != 4 or not all(n.isdigit() and int(n) for n in numbers):
-            allowed = ", ".join(tasks.KINDS)
-            raise argparse.ArgumentTypeError(f"{text!r}; give KIND:TOKENS:KEYS:SAMPLES:BATCH, KIND one of {allowed}")
-        return cls(kind, *map(int, numbers))
-
-
-@dataclass(frozen=True)
-class Method:
-    """One patch with its budget, or with its recipe where it has none; name "dense" = un-patched."""
-
-    name: str
-    budget: float | None = None
-    changed: tuple[tuple[str, Any], ...] = ()  # values in place of the recipe's
-
-    @property
-    def label(self) -> str:
-        changed = "".join(f" {key}={value}" for key, value in self.changed)
-        return self.name + changed if self.budget is None else f"{self.name} {self.budget:.0%}"
-
-    def options(self, length: int) -> dict[str, Any]:
-        """Hyperparameters for prompts of `length` tokens; the window takes at most half of the budget."""
-        if self.budget is None:
-            return {} if self.name == "dense" else load_recipe(self.name).hyperparameters | dict(self.changed)
-        values: dict[str, Any] = {"budget": self.budget}
-        if self.name in WINDOWS:
-            capacity = math.ceil(self.budget * length)
-            values["window_size"] = max(1, min(WINDOWS[self.name], capacity // 2))
-        return values
-
-    def patch(self, length: int) -> Patch:
-        """The patch itself for prompts of `length` tokens."""
-        return resolve(self.name, **self.options(length))[0]
-
-
-@dataclass
-class Tally:
-    """By method: seconds spent, and the share of pages attended by each layer that lists pages, over all batches."""
-
-    seconds: dict[Method, float] = field(default_factory=lambda: defaultdict(float))
-    attended: dict[Method, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 class Cases:
@@ -189,86 +125,6 @@ def _correct(
     return hits
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % Wilson interval of hits / n."""
-    if n == 0:
-        return 0.0, 1.0
-    p = hits / n
-    middle, scale = p + z * z / (2 * n), 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def paired(method: list[bool], dense: list[bool], z: float = 1.96) -> tuple[float, float, float]:
-    """Accuracy of `method` minus that of `dense` on the same prompts, and its 95 % interval.
-
-    The Wald interval for paired proportions with half a count added to each cell (Agresti and Min, 2005), which keeps a
-    width where both agree everywhere.
-    """
-    n = len(dense)
-    if n == 0:
-        return 0.0, -1.0, 1.0
-    won = sum(m and not d for m, d in zip(method, dense, strict=True))
-    lost = sum(d and not m for m, d in zip(method, dense, strict=True))
-    b, c, total = won + 0.5, lost + 0.5, n + 2
-    middle, half = (b - c) / total, z * math.sqrt(b + c - (b - c) ** 2 / total) / total
-    return (won - lost) / n, middle - half, middle + half
-
-
-def plan(task_list: list[Task]) -> Iterator[tuple[Task, int, int]]:
-    """(task, first sample, count): the tasks advance in equal shares, so an early stop leaves some of each."""
-    rounds = []
-    for task in task_list:
-        for first in range(0, task.samples, task.batch):
-            rounds.append((first / task.samples, task, first, min(task.batch, task.samples - first)))
-    for _, task, first, count in sorted(rounds, key=lambda r: r[0]):
-        yield task, first, count
-
-
-class Run:
-    """Counts of one run, and the rows they make."""
-
-    def __init__(self, task_list: list[Task], methods: list[Method]) -> None:
-        self.tasks, self.methods = task_list, methods
-        self.n = dict.fromkeys(task_list, 0)
-        self.hits: dict[tuple[Task, Method], list[bool]] = {(t, m): [] for t in task_list for m in methods}
-        self.tallies = {t: Tally() for t in task_list}
-        self.stopped = ""
-
-    def go(self, model: Any, cases: Cases, end: float) -> None:
-        """Work through the plan until it is done or the next batch would pass `end`."""
-        slowest: dict[Task, float] = {}
-        for task, first, count in plan(self.tasks):
-            start = time.monotonic()
-            if start + slowest.get(task, 0.0) > end:
-                self.stopped = "time ran out; n says how many samples each row has"
-                continue
-            prompts, wanted = cases.batch(task, first, count)
-            got = correct(model, self.methods, prompts, wanted, self.tallies[task])
-            for method, hits in zip(self.methods, got, strict=True):
-                self.hits[task, method] += hits
-            self.n[task] += count
-            slowest[task] = max(slowest.get(task, 0.0), time.monotonic() - start)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per task and method: counts, accuracy with its 95 % Wilson interval, and the difference to dense."""
-        rows = []
-        for task in self.tasks:
-            for method in self.methods:
-                right, n = self.hits[task, method], self.n[task]
-                hits, pages = sum(right), self.tallies[task].attended[method]
-                low, high = wilson(hits, n)
-                options = {} if method.name == "dense" else method.options(task.length)
-                rows.append(
-                    {"task": task.kind, "tokens": task.length, "keys": task.keys, "method": method.name, **options,
-                     "label": method.label, "n": n, "correct": hits, "accuracy": round(hits / max(1, n), 4),
-                     "low": round(low, 4), "high": round(high, 4),
-                     **({"attended": round(sum(pages) / len(pages), 4)} if pages else {}),
-                     "over_dense": [round(x, 4) for x in paired(right, self.hits[task, self.methods[0]])]}
-                )  # fmt: skip
-        return rows
-
-
 def task_list(args: argparse.Namespace) -> list[Task]:
     """What is asked."""
     if args.tiny:
@@ -276,10 +132,21 @@ def task_list(args: argparse.Namespace) -> list[Task]:
     return args.tasks or [Task.parse(text) for text in TASKS]
 
 
+def everything() -> list[str]:
+    """Every registered method that needs no calibrated values and writes no prompt of its own."""
+    names = []
+    for name, cls in list_patches().items():
+        if {"reweight", "prepare"} & cls.hooks():
+            continue
+        with suppress(ConfigError):  # needs a profile
+            names += [resolve(name)[0].name]
+    return names
+
+
 def method_list(args: argparse.Namespace) -> list[Method]:
     """Un-patched first, then what is asked: evicting methods at every budget, others once."""
-    made, budgets = [Method("dense")], (0.10,) if args.tiny else BUDGETS
-    for text in args.methods or METHODS:
+    made, budgets = [Method("dense")], (0.10,) if args.tiny else args.budgets
+    for text in everything() if args.methods == ["all"] else args.methods or METHODS:
         name, _, values = text.partition(":")
         evicts = "keep" in resolve(name)[0].hooks()
         if evicts and values:
@@ -324,6 +191,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--books", type=Path, nargs="*", default=[], help="haystack: text files, or folders of .txt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS, help="KV kept by the evicting ones")
+    parser.add_argument("--resume", action="store_true", help="go on from the samples that --out holds already")
+    parser.add_argument("--table", action="store_true", help="print the result as a Markdown table")
     parser.add_argument("--tiny", action="store_true", help="dry run on a random toy model")
     parser.add_argument("--commit", help="commit to record where git cannot tell")
     return parser.parse_args(argv)
@@ -338,8 +208,14 @@ def main(argv: list[str] | None = None) -> None:
     model, cases, what = load(args, getattr(torch, dtype))
     methods = method_list(args)
     run = Run(task_list(args), methods)
+    if args.resume and args.out.exists():
+        run.restore(json.loads(args.out.read_text(encoding="utf-8"))["rows"])
+
+    def ask(task: Task, first: int, count: int, tally: Tally) -> list[list[bool]]:
+        return correct(model, methods, *cases.batch(task, first, count), tally)
+
     with breakeven.ignored():
-        run.go(model, cases, started + args.seconds)
+        run.go(ask, started + args.seconds)
     body = {
         **environment(device, args.commit),
         "what": f"exact greedy answers; {what}; samples from seed {SEED}",
@@ -351,6 +227,9 @@ def main(argv: list[str] | None = None) -> None:
         "rows": run.rows(),
     }
     args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    if args.table:
+        print(markdown(body["rows"]))
+        return
     for row in body["rows"]:
         name = row["label"]
         task = f"{row['task']:7}{row['tokens']:6} keys={row['keys']:<3}"

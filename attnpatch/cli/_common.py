@@ -17,12 +17,18 @@ if TYPE_CHECKING:
     from attnpatch.recipe import Recipe
 
 DENSE = "dense"
+TESTBED = "testbed"  # --model testbed is the embedded model, whatever folders there are
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to spread a model
 CHATTY = ("torchao", "torch.utils._pytree")  # loggers that report on their own loading when transformers imports them
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help="A local folder, a hub id (downloaded if absent), or 'testbed'.")
+    str,
+    typer.Option(
+        "--model",
+        help="A local folder, a hub id (downloaded if absent), or testbed: the embedded model, also where a folder is "
+        "called so (./testbed is the folder).",
+    ),
 ]
 PatchOption = Annotated[str | None, typer.Option("--patch", help="A method, or a+b; attnpatch list shows all.")]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A packaged recipe or a .yaml file.")]
@@ -147,15 +153,24 @@ def load_model(name: str, dtype: str | None, device_map: str | None) -> tuple[An
     import torch
 
     quiet()
-    source = _model_source(name)
+    source = name if name == TESTBED else _model_source(name)
     device_map, on_cpu = _device(device_map)
     dtype = dtype or ("float32" if on_cpu else "auto")
-    if name == "testbed":
+    if name == TESTBED:
         model, tokenizer = load_testbed()
         wanted = model.dtype if dtype == "auto" else getattr(torch, dtype)
         device = device_map if device_map not in SPREADS else "cpu" if on_cpu else "cuda"
         return model.to(device=device, dtype=wanted), tokenizer
     return _from_pretrained(source, dtype, device_map)
+
+
+def model_source(name: str) -> str:
+    """The folder or hub id that --model means, the embedded model's own folder for testbed. Raises ConfigError."""
+    if name != TESTBED:
+        return _model_source(name)
+    from attnpatch import testbed
+
+    return str(testbed.path())
 
 
 def _model_source(name: str) -> str:

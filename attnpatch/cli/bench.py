@@ -274,7 +274,7 @@ def print_table(body: dict[str, Any]) -> None:
     table = Table(show_lines=True)
     heads = ("tokens x batch", "method", "first token", "decode tok/s", "peak memory", "KV allocated", "claimed")
     for heading in (*heads, "padding"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "method")
     for row in body["rows"]:
         table.add_row(*(Text(x) for x in cells(row)))
     console = Console()

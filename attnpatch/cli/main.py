@@ -16,8 +16,10 @@ from attnpatch.cli import (
     compare,
     demo,
     doctor,
+    evaluate,
     explain,
     generate,
+    harness,
     listing,
     plan,
     profile,
@@ -60,6 +62,8 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("plan")(plan.plan)
+app.command("evaluate")(evaluate.evaluate)
+app.command("lm-eval", context_settings=harness.CONTEXT, add_help_option=True)(harness.lm_eval)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 app.command("profile")(profile.profile)

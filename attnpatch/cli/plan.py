@@ -149,7 +149,7 @@ def print_plan(name: str, ask: Ask, facts: Facts, rows: list[Row]) -> None:
     ))  # fmt: skip
     table = Table()
     for heading in ("method", "fits", "prefill", "KV", "activations", "total", "largest budget", "longest context"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "method")
     for row in rows:
         table.add_row(*(Text(x) for x in cells(row, ask)))
     console.print(table)

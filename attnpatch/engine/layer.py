@@ -58,7 +58,7 @@ class PatchLayer(DynamicLayer):
         self.plain: dict[str, Any] = {}
         self.note = ""  # why the last call ran dense under a selecting method
         self.backend = ""  # what computed its lists
-        self.pages: Any = None  # pages attended so far, fp32 [B, H]; of `grid` causal ones
+        self.pages: Any = None  # pairs of attended pages so far, fp32 [B, H]; of `grid` of causal pages
         self.grid = 0
         self.watch: Any = None  # Stopwatch of choosing and computing in prefill
         self.report: dict[str, Tensor] = {}  # what a method tells of itself, for status

@@ -53,13 +53,13 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
     total = _Total(q, lse or patch.merges)
 
     def compute(term: Selection) -> Result:
-        query = q if term.at is None else _turned(call, index, q, term, ctx)
+        query = turned(q, term, ctx)
         since = None if begin is None else watch.mark()
         result = dispatch.run(query, kv, term, ctx, total.want_lse)
-        total.add(term.rows, *result)
+        again = total.add(term.rows, *result)
         if since is not None:
             watch.note("computing", since)
-        _record(layer, term, q.shape[2], kv.k.shape[2])
+        _record(layer, term, q.shape[2], kv.k.shape[2], again=again)
         if not layer.backend and (term.index is not None or term.columns is not None):
             layer.backend = dispatch.explain(q, kv, term, ctx)
         return result
@@ -85,6 +85,19 @@ def each_term(
         except StopIteration:
             return
         answer = compute(term)
+
+
+def summed(decision: Any, q: Tensor, kv: KV, ctx: Ctx, lse: bool = True) -> Result:
+    """(out [B, T, Hq, D], lse [B, Hq, T] if asked for) of a decision, outside a model; for what measures a method."""
+    total = _Total(q, lse)
+
+    def compute(term: Selection) -> Result:
+        result = dispatch.run(turned(q, term, ctx), kv, term, ctx, lse)
+        total.add(term.rows, *result)
+        return result
+
+    each_term(decision, compute)
+    return total.result()
 
 
 def reweigh(patches: Sequence[Patch], q: Tensor, kv: KV, ctx: Ctx, out: Tensor, lse: Tensor | None) -> Tensor:
@@ -120,11 +133,16 @@ def _too_short(patch: Patch, kv: KV, limits: Limits | None) -> str:
     return f"dense: {kv.S} tokens, and {patch.name} pays here from {limits.tokens} (attnpatch doctor)"
 
 
-def _turned(call: Call, index: int, q: Tensor, term: Selection, ctx: Ctx) -> Tensor:
-    """q with the rows of the term rotated to the positions `term.at`."""
+def turned(q: Tensor, term: Selection, ctx: Ctx) -> Tensor:
+    """q [B, Hq, T, D] with the rows of the term rotated to the positions `term.at`; q itself where there are none."""
+    if term.at is None:
+        return q
     rows = term.rows or slice(None)
-    by: Tensor = term.at - ctx.q_pos[:, rows]  # type: ignore[operator]
-    moved = call.plan.rope.turn(q[:, :, rows], index, by)
+    if term.at.ndim == 2:
+        moved = ctx.turn(q[:, :, rows], term.at - ctx.q_pos[:, rows])
+    else:  # every head on its own, as a row of a batch
+        by = (term.at - ctx.q_pos[:, None, rows]).flatten(0, 1)
+        moved = ctx.turn(q[:, :, rows].flatten(0, 1)[:, None], by).view_as(q[:, :, rows])
     if term.rows is None:
         return moved
     whole = q.clone()
@@ -132,15 +150,24 @@ def _turned(call: Call, index: int, q: Tensor, term: Selection, ctx: Ctx) -> Ten
     return whole
 
 
-def _record(layer: PatchLayer, term: Selection, rows: int, slots: int) -> None:
-    """Add a term's listed pages to the layer's density; the host does not wait."""
-    if term.index is None or not term.bq:
+def _record(layer: PatchLayer, term: Selection, rows: int, slots: int, again: bool = False) -> None:
+    """Add a term's listed pages to the layer's density; the host does not wait.
+
+    again: an earlier term covers the same rows, so that their causal pages are counted.
+    """
+    if term.index is None or not (term.bq or term.groups is not None):
         return
-    start, stop, _ = (term.rows or slice(None)).indices(rows)
-    ends = range(slots - rows + min(start + term.bq, stop), slots - rows + stop + term.bq, term.bq)
-    layer.grid += sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
-    width = term.index.new_full(term.index.shape[:-1], term.index.shape[-1]) if term.count is None else term.count
-    pages = width.float().sum(-1).expand(layer.keys.shape[0], -1)
+    bq, index = term.bq or 1, term.index
+    cell = bq * term.page  # pairs of a page and a list
+    if not again:
+        start, stop, _ = (term.rows or slice(None)).indices(rows)
+        ends = range(slots - rows + min(start + bq, stop), slots - rows + stop + bq, bq)
+        layer.grid += cell * sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
+    width = index.new_full(index.shape[:-1], index.shape[-1]) if term.count is None else term.count
+    if term.groups is not None:
+        named = index >= 0 if term.weight is None else (index >= 0) & (term.weight > float("-inf"))
+        width = named.sum(-1) * (term.groups >= 0).sum(-1)  # [B|1, H, R]
+    pages = width.float().sum(-1).expand(layer.keys.shape[0], -1) * cell
     layer.pages = pages if layer.pages is None else layer.pages + pages
 
 
@@ -173,10 +200,10 @@ class _Total:
         self.q, self.want_lse = q, want_lse
         self.out: Any = None  # [B, T, Hq, D]
         self.lse: Any = None  # [B, Hq, T]
-        self.covered: list[tuple[int, int]] = []
+        self.covered: list[tuple[int, int]] = []  # disjoint
 
-    def add(self, rows: slice | None, out: Tensor, lse: Tensor | None) -> None:
-        """out [B, rows, Hq, D], lse [B, Hq, rows]."""
+    def add(self, rows: slice | None, out: Tensor, lse: Tensor | None) -> bool:
+        """out [B, rows, Hq, D], lse [B, Hq, rows]. Whether an earlier term covered these rows."""
         batch, heads, length, dim = self.q.shape
         start, stop, _ = (rows or slice(None)).indices(length)
         if self.out is None and (start, stop) == (0, length):
@@ -184,7 +211,8 @@ class _Total:
         elif self.out is None:
             self.out = out.new_zeros(batch, length, heads, out.shape[-1])
             self.lse = None if lse is None else lse.new_full((batch, heads, length), float("-inf"))
-        if (start, stop) in self.covered:
+        again = sum(max(0, min(b, stop) - max(a, start)) for a, b in self.covered) == stop - start
+        if again:
             self._merge(start, stop, out, lse)
         elif any(start < b and a < stop for a, b in self.covered):
             raise ConfigError("terms of one decision must cover the same query rows, or rows that do not overlap.")
@@ -192,7 +220,9 @@ class _Total:
             self.out[:, start:stop] = out
             if lse is not None:
                 self.lse[:, :, start:stop] = lse
-        self.covered.append((start, stop))
+        if not again:
+            self.covered.append((start, stop))
+        return again
 
     def _merge(self, start: int, stop: int, out: Tensor, lse: Any) -> None:
         if lse is None:

@@ -177,6 +177,10 @@ def density(selection: Any, T: int, S: int) -> torch.Tensor:
     start, stop, _ = (selection.rows or slice(None)).indices(T)
     first, rows = S - T + start, stop - start
     pairs = rows * first + rows * (rows + 1) // 2
+    if selection.groups is not None:  # all keys of a list are taken to be before its rows
+        named = selection.index >= 0
+        named = named if selection.weight is None else named & (selection.weight > float("-inf"))
+        return ((named.sum(-1) * (selection.groups >= 0).sum(-1)).sum(-1).double() / pairs).float()
     if selection.columns is not None or selection.sink or selection.window or selection.index is None:
         return _counted(selection, first, rows) / pairs
     index, page, bq = selection.index, selection.page, selection.bq or rows
@@ -198,7 +202,8 @@ def share(terms: Sequence[Any], T: int, S: int, q_pos: torch.Tensor | None = Non
     """
     total: Any = 0.0
     for term in terms:
-        if term.index is None or term.columns is not None or term.sink or term.window:
+        beside = term.columns is not None or term.groups is not None
+        if term.index is None or beside or term.sink or term.window:
             return None
         start, stop, _ = (term.rows or slice(None)).indices(T)
         rows, first = stop - start, S - T + start

@@ -56,6 +56,8 @@ def _listed(index: torch.Tensor, meant: torch.Tensor, page: int, slots: int) -> 
 def selected(selection: Any, kv: Any, q_pos: torch.Tensor, heads: int) -> torch.Tensor:
     """bool [B, Hq, rows, S]: the pairs a Selection names, causality aside. q_pos int [B, rows] of its rows."""
     batch, rows, slots = kv.k.shape[0], q_pos.shape[1], kv.k.shape[2]
+    if selection.groups is not None:
+        return log_weights(selection, kv, rows, heads) > float("-inf")
     pos = _spread(kv.pos, batch, heads)[:, :, None]  # [B, Hq, 1, S]
     if not selection.named:
         return (pos >= selection.skip).expand(-1, -1, rows, -1)
@@ -74,6 +76,20 @@ def selected(selection: Any, kv: Any, q_pos: torch.Tensor, heads: int) -> torch.
     return seen & (pos >= selection.skip)
 
 
+def log_weights(selection: Any, kv: Any, rows: int, heads: int) -> torch.Tensor:
+    """fp32 [B, Hq, rows, S]: the log weight of each pair that the groups of a Selection name, -inf elsewhere."""
+    batch, slots = kv.k.shape[0], kv.k.shape[2]
+    index, groups = (_spread(x, batch, heads) for x in (selection.index, selection.groups))
+    weight = torch.zeros(index.shape) if selection.weight is None else _spread(selection.weight, batch, heads)
+    found = torch.full((batch, heads, rows, slots), float("-inf"))
+    for b, h, r in ((b, h, r) for b in range(batch) for h in range(heads) for r in range(groups.shape[2])):
+        mine = [i for i in groups[b, h, r].tolist() if i >= 0]
+        for slot, w in zip(index[b, h, r].tolist(), weight[b, h, r].tolist(), strict=True):
+            if 0 <= slot < slots and w > float("-inf"):
+                found[b, h, mine, slot] = w
+    return found.to(kv.k.device)
+
+
 def run(
     q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -87,7 +103,11 @@ def run(
         named = torch.zeros(q.shape[0], q.shape[1], q.shape[2], kv.k.shape[2], dtype=torch.bool, device=q.device)
         named[:, :, rows] = selected(selection, kv, ctx.q_pos[:, rows], q.shape[1])
         seen = seen & named
-    probs, lse = _probabilities(_logits(q, kv, ctx.scaling, ctx.softcap), seen)
+    logits = _logits(q, kv, ctx.scaling, ctx.softcap)
+    if selection.weight is not None:
+        rows = selection.rows or slice(None)
+        logits[:, :, rows] += log_weights(selection, kv, logits[:, :, rows].shape[2], q.shape[1])
+    probs, lse = _probabilities(logits, seen)
     # empty slots may hold NaN, and 0 * NaN is NaN
     v = torch.where((kv.pos >= 0)[..., None], kv.v, 0.0).to(probs.dtype)
     out = probs @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # [B, Hq, T, D]
@@ -275,3 +295,19 @@ def density(selection: Any, kv: Any, q_pos: torch.Tensor, heads: int) -> torch.T
     q_pos = q_pos[:, selection.rows or slice(None)]
     seen = visible(kv, q_pos).expand(-1, heads, -1, -1)
     return (seen & selected(selection, kv, q_pos, heads)).sum((-1, -2)) / seen.sum((-1, -2))
+
+
+def pages_above(
+    q: Any, k: Any, bias: torch.Tensor, limit: torch.Tensor, *, start: int, page: int, block: int
+) -> torch.Tensor:
+    """The reference for `low_bit.pages_above`: bool [B, Hq, R, n / page]. q, k: `low_bit.Low` of queries and keys."""
+    group = q.values.shape[1] // k.values.shape[1]
+    wide, keys = (x.values.double() * x.scale.double()[..., None] for x in (q, k))
+    above = wide @ keys.repeat_interleave(group, 1).transpose(-1, -2) + bias[:, :, None] > limit[..., None]
+    first, rows = start // block, wide.shape[2]
+    found = torch.zeros(*above.shape[:2], -(-(start + rows) // block) - first, bias.shape[-1] // page, dtype=torch.bool)
+    for i in range(found.shape[2]):
+        part = above[:, :, max(0, (first + i) * block - start) : (first + i + 1) * block - start]
+        found[:, :, i] = part.any(2).unflatten(-1, (-1, page)).any(-1)
+        found[:, :, i, -(-(first + i + 1) * block // page) :] = False  # behind the block
+    return found

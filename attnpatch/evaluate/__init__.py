@@ -1,0 +1,1 @@
+"""Evaluation of a patched model on long-context tasks: samples, metrics, readers of public sets."""

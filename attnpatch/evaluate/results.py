@@ -1,0 +1,193 @@
+"""What a run leaves: a ledger that grows by sample, and the result file made from it.
+
+OUT.json holds no times and no dates, so a run that was stopped and resumed gives the very file of one that was not.
+OUT.samples.jsonl (one more a further process, OUT.samples.1.jsonl ...) opens with what was asked for; then one line a
+run and sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from attnpatch.errors import ConfigError, InputError
+from attnpatch.evaluate import stats
+from attnpatch.evaluate.likelihood import METRIC as LIKELIHOOD
+from attnpatch.evaluate.sample import Sample
+
+DENSE = "dense"
+Key = tuple[str, str, str]  # run, task, sample id
+
+
+def check_out(out: Path) -> None:
+    """Raise ConfigError for a result file that cannot be written."""
+    if out.suffix != ".json" or out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is not the name of a .json file; give one such as results.json.")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; make it first.")
+
+
+def ledgers(out: Path) -> list[Path]:
+    """The ledger files beside a result file: the first process's, then others'."""
+    first, start = out.with_suffix(".samples.jsonl"), f"{out.stem}.samples."
+    found = {
+        int(rank): path
+        for path in out.parent.iterdir()
+        if path.name.startswith(start) and (rank := path.name[len(start) :].removesuffix(".jsonl")).isdigit()
+    }
+    return [p for p in (first, *(found[rank] for rank in sorted(found))) if p.is_file()]
+
+
+class Ledger:
+    """The lines of one evaluation, on disk as they come.
+
+    header: what was asked for; a ledger with another one is refused. rank: number of this process. Raises ConfigError.
+    """
+
+    def __init__(self, out: Path, header: dict[str, Any], rank: int = 0) -> None:
+        check_out(out)
+        self.out, self.header = out, json.loads(json.dumps(header))
+        self.path = out.with_suffix(f".samples.{rank}.jsonl" if rank else ".samples.jsonl")
+        self.rows: dict[Key, dict[str, Any]] = {}
+        self.read()
+
+    @property
+    def files(self) -> list[Path]:
+        """Ledger files of all processes there are."""
+        return ledgers(self.out)
+
+    def read(self) -> None:
+        """Take over what all processes have written."""
+        self.rows.clear()
+        for path in self.files:
+            for row in self._lines(path):
+                key = (row["run"], row["task"], row["id"])
+                if "failed" not in row or key not in self.rows:  # a failed sample may have gone well later
+                    self.rows[key] = row
+
+    def _lines(self, path: Path) -> Iterable[dict[str, Any]]:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line's end was cut off in writing
+        for number, line in enumerate(lines):
+            try:
+                row = json.loads(line)
+                found = row["header"] if number == 0 else (row["run"], row["task"], row["id"])
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(
+                    f"{path}: line {number + 1} is no line of a ledger; start over with --fresh."
+                ) from None
+            if number == 0:
+                self._check(path, found)
+            else:
+                yield row
+
+    def _check(self, path: Path, found: Any) -> None:
+        if found == self.header:
+            return
+        keys = [k for k in {**self.header, **found} if self.header.get(k) != found.get(k)]
+        raise ConfigError(
+            f"{path} belongs to another run ({', '.join(sorted(keys))} differ); name another --out, or start over with "
+            "--fresh."
+        )
+
+    @staticmethod
+    def remove(out: Path) -> None:
+        """Delete the ledgers beside a result file."""
+        for path in ledgers(out):
+            path.unlink()
+
+    def has(self, key: Key) -> bool:
+        """Whether this sample went well in that run."""
+        return "failed" not in self.rows.get(key, {"failed": ""})
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write rows at once; a line is either whole or dropped at the next read."""
+        fresh = [r for r in rows if not self.has((r["run"], r["task"], r["id"]))]
+        self.rows.update({(r["run"], r["task"], r["id"]): r for r in fresh})
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh)
+        if not self.path.is_file() or not self._mend():
+            text = json.dumps({"header": self.header}, ensure_ascii=False) + "\n" + text
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def _mend(self) -> int:
+        """Cut off a line whose writing was interrupted; the bytes that stay."""
+        with self.path.open("rb+") as file:
+            data = file.read()
+            whole = data.rfind(b"\n") + 1
+            file.truncate(whole)
+        return whole
+
+    def write(self, samples: Sequence[Sample], runs: Sequence[Any]) -> dict[str, Any]:
+        """Make the result file from the ledger and return its content."""
+        body = {**self.header, "tasks": summary(samples, [r.label for r in runs], self.rows, self.header["seed"])}
+        new = self.out.with_suffix(".json.new")  # a reader never sees half a file
+        new.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        new.replace(self.out)
+        return body
+
+
+def check_samples(samples: Sequence[Sample]) -> None:
+    """Raise InputError unless there are samples, and no id twice within a task."""
+    if not samples:
+        raise InputError("there are no samples; name a task with --task, or a file with --data.")
+    seen: set[tuple[str, str]] = set()
+    for sample in samples:
+        key = (sample.task, sample.id)
+        if key in seen:
+            raise InputError(
+                f"two samples of task {sample.task!r} are called {sample.id!r}; give each an id of its own."
+            )
+        seen.add(key)
+
+
+def summary(
+    samples: Sequence[Sample], labels: Sequence[str], rows: dict[Key, dict[str, Any]], seed: int
+) -> list[dict[str, Any]]:
+    """By task: of each run the mean score, its interval, and the paired difference to dense."""
+    made = []
+    for task in dict.fromkeys(s.task for s in samples):
+        mine = [s for s in samples if s.task == task]
+        metrics = sorted({s.metric for s in mine})
+        made.append(
+            {"task": task, "metric": "+".join(metrics), "samples": len(mine),
+             "runs": [_line(label, task, mine, rows, seed) for label in labels]}
+        )  # fmt: skip
+    return made
+
+
+def _line(label: str, task: str, samples: list[Sample], rows: dict[Key, dict[str, Any]], seed: int) -> dict[str, Any]:
+    """One run on one task."""
+    mine = [rows[label, task, s.id] for s in samples if (label, task, s.id) in rows]
+    done = [r for r in mine if "failed" not in r]
+    line: dict[str, Any] = {"run": label, "n": len(done)}
+    if failed := {r["id"]: r["failed"] for r in mine if "failed" in r}:
+        line["failed"] = failed
+    if not done:
+        return line
+    scores = [_mean(r["scores"]) for r in done]
+    low, high, how = stats.interval(scores, seed)
+    line.update(score=_mean(scores), low=low, high=high, interval=how)
+    if all(s.metric == LIKELIHOOD for s in samples):
+        import math
+
+        line["perplexity"] = math.exp(-_mean(scores))
+    dense = [rows.get((DENSE, task, r["id"]), {"failed": ""}) for r in done]
+    both = [(r, d) for r, d in zip(done, dense, strict=True) if "failed" not in d]
+    # a method that writes its own prompt holds what that prompt needs: dense on the same sample is the whole
+    whole = sum(d["kv_dense"] if r["kv_dense"] is None else r["kv_dense"] for r, d in both)
+    if both and whole:
+        line["kv_share"] = sum(r["kv_held"] for r, _ in both) / whole
+    if label != DENSE and both:
+        pairs = [(_mean(r["scores"]), _mean(d["scores"])) for r, d in both]
+        line["over_dense"] = stats.paired([a for a, _ in pairs], [b for _, b in pairs], seed).as_dict()
+    if cut := sum(bool(r["cut"]) for r in done):
+        line["truncated"] = cut
+    if notes := sorted({r["note"] for r in done if r["note"]}):
+        line["notes"] = notes
+    return line
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

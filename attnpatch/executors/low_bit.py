@@ -1,0 +1,91 @@
+"""Logits estimated from few-bit queries and keys: which pages hold one above a row's limit (SALE, arXiv 2505.24179).
+
+The integers are multiplied exactly: as halves with an fp32 sum where the device multiplies halves so, else in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from attnpatch.executors import column_sums
+from attnpatch.executors.column_sums import compute_dtype, matmul, operand
+
+SHARED = {"query": (2, 8), "key": (4, 4, 2)}
+"""Tokens that share a scale: rows r and r + 8 of 16; pair s of each of the four groups of eight in 32 keys."""
+
+
+@dataclass(frozen=True, eq=False)
+class Low:
+    """x ~ values * scale. values [B, H, n, D] whole numbers in the dtype of x; scale fp32 (fp64) [B, H, n]."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+
+def _shared(most: torch.Tensor, kind: str, start: int) -> torch.Tensor:
+    """Maxima [B, H, n] of tokens from position `start`, over those that share a scale on the absolute grid."""
+    grid = SHARED[kind]
+    tile, tokens = torch.Size(grid).numel(), most.shape[-1]
+    front = start % tile
+    most = F.pad(most, (front, -(front + tokens) % tile)).unflatten(-1, (-1, *grid))
+    over = (-2,) if kind == "query" else (-3, -1)
+    wide = most.amax(over, keepdim=True).expand_as(most).flatten(-1 - len(grid))
+    return wide[..., front : front + tokens]
+
+
+def quantise(x: torch.Tensor, bits: int, *, kind: str | None = None, start: int = 0) -> Low:
+    """x [B, H, n, D] in symmetric integers of `bits` bits (2 to 8): round(x / s), s = max |x| / (2^(bits - 1) - 1).
+
+    kind: None = a scale for every token; "query" or "key" = tokens share one as `SHARED` says, token t of x at position
+    start + t of the grid. x must be finite.
+    """
+    top = 2 ** (bits - 1) - 1
+    wide = x.to(compute_dtype(x))
+    most = wide.abs().amax(-1)  # [B, H, n]
+    most = most if kind is None else _shared(most, kind, start)
+    scale = torch.where(most > 0, most / top, 1.0)
+    values = (wide / scale[..., None]).round_().clamp_(-top, top)
+    return Low(values.to(x.dtype), scale)
+
+
+@torch.no_grad()
+def pages_above(
+    q: Low, k: Low, bias: torch.Tensor, limit: torch.Tensor, *, start: int, page: int, block: int
+) -> torch.Tensor:
+    """bool [B, Hq, R, n / page]: pages with an estimate above the limit of one of the block's rows.
+
+    The estimate of query i and key j is (q values . k values) * q scale * k scale + bias[j].
+    q: of [B, Hq, T, D], row t at position start + t; k: of [B, Hkv, n, D], n a multiple of `page`; bias fp [B, Hq, n];
+    limit: fp [B, Hq, T], +inf = the row asks for nothing. R: blocks of `block` rows at absolute multiples of it.
+    Pages behind a block's last row are False; finer causality is the caller's. Memory is bounded
+    (column_sums.MAX_BLOCK), nothing waits for the device.
+    """
+    (batch, heads, tokens, dim), (kv_heads, keys) = q.values.shape, k.values.shape[1:3]
+    group, front = heads // kv_heads, start % block
+    back = -(front + tokens) % block
+    values = F.pad(q.values, (0, 0, front, back)).unflatten(1, (kv_heads, group))  # [B, Hkv, G, r, D]
+    scale = F.pad(q.scale, (front, back)).unflatten(1, (kv_heads, group))[..., None]
+    limit = F.pad(limit, (front, back), value=float("inf")).unflatten(1, (kv_heads, group))[..., None]
+    bias = bias.unflatten(1, (kv_heads, group))[:, :, :, None]  # [B, Hkv, G, 1, n]
+    rows = values.shape[3]
+    found = torch.zeros(batch, heads, rows // block, keys // page, dtype=torch.bool, device=values.device)
+    fits = column_sums.MAX_BLOCK // (batch * heads * block)  # keys beside one block of rows
+    width = max(1, min(keys, fits) // page) * page
+    step = max(1, fits // width) * block
+    turned = operand(k.values).transpose(-1, -2)
+    for a in range(0, rows, step):
+        part = slice(a, min(a + step, rows))
+        left = operand(values[:, :, :, part].reshape(batch, kv_heads, -1, dim))
+        seen = min(keys, -(-(start - front + part.stop) // page) * page)  # nobody asks for later ones
+        for b in range(0, seen, width):
+            at = slice(b, min(b + width, seen))
+            x = matmul(left, turned[..., at]).view(batch, kv_heads, group, part.stop - a, -1)
+            x = x.mul_(scale[:, :, :, part]).mul_(k.scale[:, :, None, None, at]).add_(bias[..., at])
+            above = (x > limit[:, :, :, part]).unflatten(-1, (-1, page)).any(-1)
+            above = above.unflatten(3, (-1, block)).any(4)  # [B, Hkv, G, R, W]
+            found[:, :, a // block : part.stop // block, b // page : at.stop // page] = above.flatten(1, 2)
+    last = start - front + block * torch.arange(1, rows // block + 1, device=found.device)[:, None]
+    return found & (torch.arange(keys // page, device=found.device) * page < last)

@@ -41,6 +41,7 @@ class DuoAttention(Patch):
     evict_per_chunk: bool = option(True, "streaming heads let go after every prefill chunk, not only the last")
 
     title = "DuoAttention"
+    needs_profile = True
     paper = "arXiv 2410.10819"
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ class RazorAttention(Patch):
     evict_per_chunk: bool = option(False, "compress after every prefill chunk, not only at the prompt's end")
 
     title = "RazorAttention"
+    needs_profile = True
     paper = "arXiv 2407.15891"
 
     def __post_init__(self) -> None:

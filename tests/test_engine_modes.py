@@ -804,6 +804,7 @@ def test_decode_steps_never_wait_for_the_device(model, patch, padded):
         "longheads": {"window_size": 4, "atten_length": 16, "begin": 16},
         "duoattention": {"profile": halves, "sink": 4, "recent": 16},
         "compresskv": {"heads": "all"},
+        "taskkv": {"sink": 4, "recent": 8},
         "razorattention": {"profile": echoes, "buffer": 16, "ratio": 9.0},
     }.get(patch, {})
     mask = torch.ones(2, 60).long()

@@ -20,6 +20,7 @@ PATCHES = {
     "random": {"budget": 12, "window_size": 3},
     "adakv": {"budget": 12, "window_size": 4, "kernel_size": 3, "alpha": 0.0},
     "cake": {"budget": 12, "window_size": 4},
+    "taskkv": {"budget": 0.6, "window_size": 4, "kernel_size": 3, "sink": 2, "recent": 5, "last_full": 1},
     "compresskv": {"budget": 12, "window_size": 4, "kernel_size": 3, "heads": "all"},
 }
 BY_PROFILE = {"duoattention", "razorattention"}  # need a profile of each model: against the oracle in their own files

@@ -214,8 +214,8 @@ class _Listed(NamedTuple):
         if not heads:
             return None
         group = q.shape[1] // kv.k.shape[1]
-        index = [torch.tensor(x).to(q.device, non_blocking=True) for x in (heads, [h // group for h in heads])]
-        return cls(*index, 2 * len(heads) <= q.shape[1])
+        own, theirs = (torch.tensor(x).to(q.device, non_blocking=True) for x in (heads, [h // group for h in heads]))
+        return cls(own, theirs, 2 * len(heads) <= q.shape[1])
 
 
 def _column_sums(q: Tensor, kv: KV, ctx: Ctx, listed: _Listed) -> Tensor:

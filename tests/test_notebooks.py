@@ -9,7 +9,15 @@ import pytest
 from test_readme import ROOT, weights_missing
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SHORT = {"inside_snapkv": {"LENGTH": 1024, "BUDGET": 0.1}}  # what replaces values of the cell tagged `parameters`
+SHORT = {  # what replaces values of the cell tagged `parameters`
+    "ask_a_book": {"LENGTH": 6000},
+    "calibrate_zerotuning": {"LENGTH": 128, "SAMPLES": 4, "GRID": "2"},
+    "flexprefill_blocks": {"LENGTH": 2048},
+    "inside_snapkv": {"LENGTH": 1024, "BUDGET": 0.1},
+    "own_method": {"LENGTH": 512, "SAMPLES": 2},
+    "quickstart": {"LENGTH": 1024},
+    "second_question": {"LENGTH": 1024, "TEXTS": 1},
+}
 
 
 def code_cells(path):

@@ -183,14 +183,15 @@ def with_extra(extra: Virtual, q: Tensor, ctx: Ctx, out: Tensor, lse: Any) -> tu
     """out [B, T, Hq, D], lse [B, Hq, T] with the entries of `extra` attended besides, by every query."""
     wide = lse.dtype
     packs = q.to(wide).unflatten(1, (extra.k.shape[1], -1))  # [B, Hkv, G, T, D]
-    logits = packs @ extra.k.to(wide)[:, :, None].transpose(-1, -2) * ctx.scaling  # [B, Hkv, G, T, E]
+    absent = (extra.logw == float("-inf"))[..., None]  # [B, Hkv, E, 1]
+    keys, values = (x.to(wide).masked_fill(absent, 0)[:, :, None] for x in (extra.k, extra.v))
+    logits = packs @ keys.transpose(-1, -2) * ctx.scaling  # [B, Hkv, G, T, E]
     if ctx.softcap is not None:
         logits = torch.tanh(logits / ctx.softcap) * ctx.softcap
-    logits = logits + extra.logw.to(wide)[:, :, None, None]
+    logits = logits + extra.logw.to(wide).clamp(min=-1e30)[:, :, None, None]  # finite, so that gradients are
     mass = logits.logsumexp(-1)  # [B, Hkv, G, T]
-    weights = (logits - mass.masked_fill(mass == float("-inf"), 0.0)[..., None]).exp()
-    theirs = (weights @ extra.v.to(wide)[:, :, None]).flatten(1, 2).transpose(1, 2)  # [B, T, Hq, D]
-    return _sum(out, lse, theirs.to(wide), mass.flatten(1, 2))
+    theirs = (logits.softmax(-1) @ values).flatten(1, 2).transpose(1, 2)  # [B, T, Hq, D]
+    return _sum(out, lse, theirs, mass.flatten(1, 2))
 
 
 class _Total:

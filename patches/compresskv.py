@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.patches import _heads
@@ -51,14 +52,16 @@ class CompressKV(EvictPatch):
     vote with the last `window_size` prompt queries; all KV heads keep the entries with the most votes and the window.
     The heads come from a `profile` (attnpatch profile --what semantic-heads) or a list, `heads`; "all" takes every
     head, which is SnapKV with one set a layer. `layer_scores` divides the budget by how much each layer suffers from
-    eviction; without it all layers get the same. Chosen here: ties go to the later token; a row whose mean budget is
-    below `min_budget` is divided evenly; sliding-window layers have no share.
+    eviction (`attnpatch.profiling.layer_errors`); without it all layers get the same. Chosen here: ties go to the
+    later token; a row whose mean budget is below `min_budget` is divided evenly; sliding-window layers have no share.
     """
 
     budget: Any = option("1024", "mean KV entries kept per layer and head: tokens, ratio of the prompt, or bytes")
     profile: Any = option(None, "folder of a semantic-heads profile of this model")
     heads: Any = option(None, "instead of profile: query heads of each layer, best first; or 'all'")
-    layer_scores: Any = option(None, "error of each layer under eviction, one number a layer; null = even budgets")
+    layer_scores: Any = option(
+        None, "error of each layer under eviction: a number a layer, or a layer-errors folder; null = even budgets"
+    )
     first_k: int = option(4, "semantic retrieval heads of a layer that vote", low=1)
     window_size: int = option(8, "last prompt queries that vote; their entries are always kept", low=1)
     kernel_size: int = option(5, "pooling width over neighbouring votes, odd", low=1)
@@ -74,6 +77,7 @@ class CompressKV(EvictPatch):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._order: Any = None  # [layer of the model] -> query heads, best first; None where not measured
+        self._shares: Any = self.layer_scores  # [layer of the model] -> error
         self._full: Any = None  # layers of the model that have a share
         if self.kernel_size % 2 == 0:
             raise ConfigError(f"{self.name}: kernel_size={self.kernel_size} is even; pooling needs an odd width.")
@@ -103,7 +107,7 @@ class CompressKV(EvictPatch):
                     "or lower first_k."
                 )
         scores = self.layer_scores
-        if scores is None:
+        if scores is None or isinstance(scores, (str, PathLike)) or hasattr(scores, "tensors"):  # read by `fits`
             return
         good = isinstance(scores, (list, tuple)) and all(
             isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf for x in scores
@@ -122,9 +126,11 @@ class CompressKV(EvictPatch):
         if self.first_k > shape["heads"]:
             raise ConfigError(f"{self.name}: first_k={self.first_k}, but a layer has {shape['heads']} query heads.")
         self._full = [i for i, full in enumerate(_heads.full_layers(config)) if full]
-        if self.layer_scores is not None and len(self.layer_scores) != shape["layers"]:
+        if isinstance(self.layer_scores, (str, PathLike)) or hasattr(self.layer_scores, "tensors"):
+            self._shares = self._read_shares(config)
+        if self._shares is not None and len(self._shares) != shape["layers"]:
             raise ConfigError(
-                f"{self.name}: layer_scores has {len(self.layer_scores)} numbers, the model {shape['layers']} layers; "
+                f"{self.name}: layer_scores has {len(self._shares)} numbers, the model {shape['layers']} layers; "
                 "they belong to another model."
             )
         if self.profile is not None:
@@ -138,6 +144,14 @@ class CompressKV(EvictPatch):
             )
         elif self.heads != "all":
             self._check_heads(shape["layers"], shape["heads"])
+
+    def _read_shares(self, config: Any) -> list[float]:
+        """The figures of a layer-errors profile."""
+        found = _heads.load(self.name, self.layer_scores, config, ("layer-errors",))
+        error = found.tensors.get("error")
+        if error is None or error.ndim != 1 or bool(error[self._full].isnan().any()):
+            raise ConfigError(f"{self.name}: the layer-errors profile lacks figures of some layers; make it again.")
+        return [float(x) for x in error]
 
     def _check_heads(self, layers: int, heads: int) -> None:
         rows = self._named()
@@ -175,13 +189,13 @@ class CompressKV(EvictPatch):
         mean = max(mean, self.window_size + 1)
         if self.layer_scores is None or mean < self.min_budget:
             return mean
-        full = self._full or range(len(self.layer_scores))
+        full = self._full or range(len(self._shares))
         if len(full) != ctx.n_layers:
             raise ConfigError(
                 f"{self.name}: layer_scores divides the budget over {len(full)} layers, but {ctx.n_layers} are "
                 "patched; leave layers= out, or layer_scores."
             )
-        scores = tuple(float(self.layer_scores[i]) for i in full)
+        scores = tuple(float(self._shares[i]) for i in full)
         most = max(self.min_budget, int(self.max_factor * mean))
         return allocated(scores, mean * len(full), self.min_budget, most)[ctx.layer]
 

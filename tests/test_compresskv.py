@@ -13,9 +13,11 @@ from test_methods import best, feed, held, kept, left_padded, naive_attention, p
 import attnpatch
 from attnpatch.errors import ConfigError
 from attnpatch.profile import Profile, structure
+from attnpatch.profiling import layer_errors
 from attnpatch.recipe import load_recipe
 
 ATOL = 5e-5
+NAN = math.nan
 SMALL = {"window_size": 4, "kernel_size": 3, "first_k": 2}
 LAYERS = {"llama": range(4), "qwen3": range(4), "gemma3": [3]}
 ORDER = {
@@ -251,3 +253,78 @@ def test_refusals_while_running():
     with attnpatch.patched(tiny("llama"), "compresskv", **more) as model:
         with pytest.raises(ConfigError, match="divides the budget over 4 layers, but 2 are patched"):
             model(prompt(), **{CACHE: attnpatch.PatchCache(model)})
+
+
+# ---- layer errors (part B) -------------------------------------------------------------------------------------
+
+
+def naive_errors(name, ids, order, budget, steps):
+    """Steps 6 and 7 for rows of ids on the stock eager model, written from the specification; fp64 sums."""
+    from transformers import DynamicCache
+
+    model, totals = tiny(name), {}
+    for row in ids:
+        cache, found = DynamicCache(config=model.config), {}
+        hooks, seen = [], {}  # seen: layer -> its projected output
+        for i in LAYERS[name]:
+            module = model.model.layers[i].self_attn
+            hooks.append(module.o_proj.register_forward_hook(lambda m, a, out, i=i, s=seen: s.update({i: out})))
+        with torch.no_grad():
+            out = model(row[None, :-1], output_attentions=True, **{CACHE: cache})
+            for i in LAYERS[name]:
+                group = 4 // cache.layers[i].keys.shape[1]
+                found[i] = kept_by_rows(out.attentions[i][0].double(), order[i][:4], budget), group
+            token = row[None, -1:]
+            for _ in range(steps):
+                out = model(token, output_attentions=True, **{CACHE: cache})
+                for i, (stay, group) in found.items():
+                    a, v = out.attentions[i][0, :, 0].double(), cache.layers[i].values[0].double()
+                    a = a.clone()
+                    a[:, [j for j in range(len(row) - 1) if j not in stay]] = 0
+                    a = a / a.sum(-1, keepdim=True)
+                    compressed = torch.cat([a[h] @ v[h // group] for h in range(4)])
+                    weight = model.model.layers[i].self_attn.o_proj.weight.double()
+                    o_c, o_f = weight @ compressed, seen[i][0, -1].double()
+                    totals[i] = totals.get(i, 0) + float((o_c - o_f).norm() / (o_f.norm() + 1e-6))
+                token = out.logits[:, -1].argmax(-1, keepdim=True)
+        for h in hooks:
+            h.remove()
+    return [totals[i] / sum(totals.values()) if i in totals else math.nan for i in range(4)]
+
+
+def kept_by_rows(a, heads, budget, window=8, kernel=5):
+    """Positions kept, from a prompt's attention [Hq, N, N]."""
+    n, half = a.shape[-1], kernel // 2
+    votes = a[heads, n - window :, : n - window].sum(1)
+    pooled = torch.stack([votes[:, max(0, i - half) : i + half + 1].sum(-1) / kernel for i in range(n - window)], -1)
+    return best(pooled.mean(0).float().tolist(), budget - window) | set(range(n - window, n))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_layer_errors_follow_the_specification(name, tmp_path):
+    ids = prompt(2, 60)
+    found = layer_errors(tiny(name), profile(name), ids=ids, steps=5, budget=16)
+    error = found.tensors["error"]
+    wanted = torch.tensor(naive_errors(name, ids, ORDER[name], 16, 5))
+    torch.testing.assert_close(error, wanted, atol=1e-4, rtol=0, equal_nan=True)
+    assert abs(float(error.nansum()) - 1) < 1e-5 and found.kind == "layer-errors"
+    folder = found.save(tmp_path / "errors")
+    more = {"budget": 16, "min_budget": 6, **SMALL}
+    with attnpatch.patched(tiny(name), "compresskv", profile=profile(name), layer_scores=folder, **more) as model:
+        sizes = [len(x[0]) for x in held(feed(model, prompt())[1])]
+    shares = tuple(float(error[i]) for i in LAYERS[name])
+    assert sizes == [min(40, n) for n in allocated(shares, 16 * len(shares), 6, 48)]
+
+
+def test_layer_errors_refusals(tmp_path):
+    with pytest.raises(ConfigError, match="passages of 17 tokens fit the budget of 16"):
+        layer_errors(tiny("llama"), profile("llama"), ids=prompt(1, 17), budget=16)
+    with pytest.raises(ConfigError, match="needs a tokenizer, or ids"):
+        layer_errors(tiny("llama"), profile("llama"))
+    with pytest.raises(ConfigError, match="steps=0 is out of range"):
+        layer_errors(tiny("llama"), profile("llama"), ids=prompt(), steps=0)
+    lacking = Profile("layer-errors", {"error": torch.tensor([0.5, NAN, 0.2, 0.3])}, profile("llama").model, {})
+    for given, words in ((lacking, "lacks figures of some layers"), (profile("llama"), "kind 'semantic-heads'"),
+                         ("/nowhere", "no profile at")):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            attnpatch.patch_model(tiny("llama"), "compresskv", heads="all", layer_scores=given)

@@ -13,9 +13,10 @@ from attnpatch.patch import Patch, option, register
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from attnpatch.decisions import KeepSet
+    from attnpatch.decisions import KeepSet, Selection
     from attnpatch.engine.call import KV, Ctx
 
+_PAGE = 128
 _KINDS = ("retrieval-heads", "echo-heads")
 
 
@@ -29,7 +30,9 @@ class DuoAttention(Patch):
     a KV head counting as its best query head. Or name a published `pattern` of this very model, trained by its authors.
     A streaming head holds the first `sink` and the last `recent` entries between forwards; true positions are kept.
     Each forward attends what is held plus itself, so a prompt fed at once is dense; with `prefill_chunk_size` its
-    streaming heads are sparse from the second chunk on (evict_per_chunk). Chosen here: the sinks are a row's first real
+    streaming heads are sparse from the second chunk on (evict_per_chunk). prefill="streaming" makes them so within a
+    forward too: each of their queries sees `sink` and the last `recent` tokens, itself included, as long as nothing was
+    evicted before. Chosen here: the sinks are a row's first real
     tokens; ties go to the later layer and head; sliding-window layers are not counted.
     """
 
@@ -38,6 +41,11 @@ class DuoAttention(Patch):
     full_heads: float = option(0.5, "share of all KV heads that keep the whole context, 0 to 1", low=0)
     sink: int = option(64, "first real tokens that streaming heads keep", low=0)
     recent: int = option(256, "last tokens that streaming heads keep", low=1)
+    prefill: str = option(
+        "dense",
+        "what a first prompt's streaming heads attend: all, or sinks and window",
+        choices=("dense", "streaming"),
+    )
     evict_per_chunk: bool = option(True, "streaming heads let go after every prefill chunk, not only the last")
 
     title = "DuoAttention"
@@ -57,6 +65,10 @@ class DuoAttention(Patch):
         return frozenset({"prompt", "step"} | ({"chunk"} if self.evict_per_chunk else set()))
 
     @property
+    def phases(self) -> frozenset[str]:
+        return frozenset({"prefill"} if self.prefill == "streaming" else ())
+
+    @property
     def recompresses(self) -> bool:
         return True
 
@@ -72,6 +84,25 @@ class DuoAttention(Patch):
                 "--what retrieval-heads or echo-heads) or pattern=full_attention_heads.tsv of this model."
             )
         self._streaming = _heads.by_layer(_heads.weakest(scores, 1 - self.full_heads), scores)
+
+    def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection | None:
+        import torch
+
+        from attnpatch.decisions import Selection
+
+        heads, rows = _heads.of_layer(self.name, self._streaming, ctx), q.shape[2]
+        if not heads or kv.S <= self.sink + self.recent:
+            return None
+        if len(heads) == kv.k.shape[1]:
+            return Selection(sink=self.sink, window=self.recent)
+        last = torch.arange(min(_PAGE, rows), rows + _PAGE, _PAGE, device=q.device).clamp(max=rows) + kv.S - rows
+        pages = (last + _PAGE - 1) // _PAGE  # [R] pages before the end of each block of queries
+        pages = pages[: -(-rows // _PAGE)]
+        streaming = torch.tensor([h in heads for h in range(kv.k.shape[1])], device=q.device)[:, None]
+        count = torch.where(streaming, 0, pages).to(torch.int32)[None]  # [1, Hkv, R]
+        index = torch.arange(-(-kv.S // _PAGE), device=q.device, dtype=torch.int32)
+        index = index.expand(1, *count.shape[1:], -1)  # full heads read every page, the others none
+        return Selection(index=index, count=count, page=_PAGE, bq=_PAGE, sink=self.sink, window=self.recent)
 
     def keep(self, q: Tensor, kv: KV, ctx: Ctx) -> KeepSet | None:
         from attnpatch.decisions import KeepSet

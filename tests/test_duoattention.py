@@ -163,6 +163,62 @@ def test_a_second_chunk_sees_sinks_the_window_before_it_and_itself():
         assert (feed(patched, first, second, cache=cache)[0] - wanted).abs().max() < ATOL
 
 
+def strict(name, ids, mask, sink, recent):
+    """Logits of the stock model whose streaming heads see sinks and window only: a mask for every head."""
+    model = tiny(name)
+    pos = torch.where(mask.bool(), mask.cumsum(-1) - 1, -1)
+    ahead = pos[:, :, None] - pos[:, None]  # query - key
+    near = (ahead < recent) | (pos[:, None] < sink)
+    hooks = []
+    for layer, streaming in zip(model.model.layers, STREAMING[name], strict=True):
+        if streaming is None:
+            continue
+        group = layer.self_attn.num_key_value_groups
+
+        def hook(module, args, kwargs, streaming=streaming, group=group):
+            whole = kwargs["attention_mask"].expand(-1, 4, -1, -1).clone()  # [B, Hq, T, T]
+            for h in range(4):
+                if h // group in streaming:
+                    whole[:, h].masked_fill_(~near, torch.finfo(whole.dtype).min)
+            kwargs["attention_mask"] = whole
+            return args, kwargs
+
+        hooks.append(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, position_ids=pos.clamp(min=0)).logits
+
+
+@pytest.mark.parametrize("length", [60, 290])
+@pytest.mark.parametrize("name", SCORES)
+def test_a_streaming_prefill_sees_sinks_and_window(name, length):
+    ids = prompt(3, length)
+    mask = (torch.arange(length)[None] >= torch.tensor([0, 17, length - 9])[:, None]).long()
+    wanted = strict(name, ids, mask, 3, 8)
+    with attnpatch.patched(tiny(name), "duoattention", **duo(name, prefill="streaming")) as model, torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        pos = (mask.cumsum(-1) - 1).clamp(min=0)
+        got = model(ids, attention_mask=mask, position_ids=pos, **{CACHE: cache}).logits
+        assert (got - wanted)[mask.bool()].abs().max() < ATOL
+        for row, n in enumerate(mask.sum(-1).tolist()):
+            assert held(cache, row) == expected(name, n)
+        stock = tiny(name)(ids, attention_mask=mask, position_ids=pos).logits
+        assert (got - stock)[0].abs().max() > 1e-2
+        assert torch.isfinite(feed(model, prompt(3, 1), cache=cache)[0]).all()
+
+
+def test_a_streaming_prefill_in_chunks_is_strict_in_the_first_only():
+    first, second = prompt(1, 40), prompt(1, 13, seed=9)
+    with attnpatch.patched(tiny("llama"), "duoattention", **duo("llama", prefill="streaming")) as model:
+        cache = attnpatch.PatchCache(model)
+        cache.expect(53)
+        got, _ = feed(model, first, cache=cache)
+        assert (got - strict("llama", first, torch.ones(1, 40).long(), 3, 8)).abs().max() < ATOL
+        assert torch.isfinite(feed(model, second, cache=cache)[0]).all()
+        assert held(cache) == expected("llama", 53)
+        told = attnpatch.status(model).layers
+        assert "evicted" in told[0].note and not told[3].note.startswith("dense: earlier")
+
+
 def test_bf16_is_near_fp32():
     feeds = [prompt(2), *prompt(2, 6, seed=8).split(1, 1)]
     outs = []

@@ -141,11 +141,29 @@ class TokenSelect(Patch):
             if known:
                 like = likeness.run(query, kv.rows["tokens_query"], newest, self.threshold)
                 old = kv.rows["tokens"], kv.rows["tokens_count"]
+                if kv.holes:  # a row that still attends everything keeps no vote, as it would alone
+                    none = ((newest >= 0) & self._all(newest))[:, None]
+                    kv.rows["tokens_query"] = kv.rows["tokens_query"].masked_fill(none, float("nan"))
             else:  # NaN is like nothing: where there was no token, the next one votes
-                kv.rows["tokens_query"] = query.masked_fill(newest[:, None] < 0, float("nan"))
+                kv.rows["tokens_query"] = query.masked_fill(self._all(newest)[:, None], float("nan"))
+            self._tally(kv, ctx, newest, like)
         index, count = top_slots.run(self.votes(q, kv, newest, like), self.top_k, old=old, skip=like)
         kv.rows["tokens"], kv.rows["tokens_count"] = index, count
         return index, count
+
+    def _all(self, newest: Tensor) -> Tensor:
+        """bool [B]: rows, newest token at `newest`, that hold no more than is attended anyway."""
+        return newest < self.n_init + self.top_k + self.n_local
+
+    def _tally(self, kv: KV, ctx: Ctx, newest: Tensor, like: Tensor | None) -> None:
+        """Count this sparse step, and whether it took tokens again, for `status`. The host does not wait."""
+        import torch
+
+        there = newest >= 0
+        now = torch.stack([there, there & like if like is not None else torch.zeros_like(there)], -1).long()
+        kv.rows["tokens_tally"] = now + kv.rows.get("tokens_tally", 0)  # int64 [B, 2]: steps, hits
+        steps, hits = kv.rows["tokens_tally"].sum(0)
+        ctx.report["sparse steps"], ctx.report["hit rate"] = kv.rows["tokens_tally"][:, 0], hits / steps.clamp(min=1)
 
     def votes(self, q: Tensor, kv: KV, newest: Tensor, skip: Tensor | None = None) -> Tensor:
         """fp32 [B, S]: votes for the tokens between the first and the last ones, -inf elsewhere.

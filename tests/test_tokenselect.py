@@ -74,3 +74,27 @@ def test_prefill_with_room_for_all_is_dense_and_else_sparse(name):
 def test_refusals(change, message):
     with pytest.raises(ConfigError, match=message):
         TokenSelect(**change)
+
+
+@pytest.mark.parametrize(("threshold", "rate"), [(-1.01, 9 / 10), (1.01, None)], ids=["always", "never"])
+def test_status_tells_the_hit_rate(threshold, rate):
+    model, ids = tiny("llama"), torch.randint(2, 97, (2, 60), generator=torch.Generator().manual_seed(3))
+    with attnpatch.patched(model, "tokenselect", **{**BASE, "threshold": threshold}):
+        for _ in range(2):  # a new cache counts anew
+            model.generate(ids, max_new_tokens=11, do_sample=False)
+            report = attnpatch.status(model).layers[0].report
+            if rate is None:
+                assert "hit rate" not in report
+            else:
+                assert report["sparse steps"] == 10 and report["hit rate"] == pytest.approx(rate)
+
+
+def test_a_short_row_stays_dense_beside_a_long_one():
+    """While a row holds no more than is attended, no kept vote may hide what left its window."""
+    model, ids = tiny("llama"), torch.randint(2, 97, (2, 60), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :43] = 0
+    with attnpatch.patched(model, "tokenselect", **{**BASE, "prefill": False, "threshold": -1.01}):
+        both = model.generate(ids * mask, attention_mask=mask, max_new_tokens=14, do_sample=False)
+        alone = model.generate(ids[1:, 43:], max_new_tokens=14, do_sample=False)
+    assert torch.equal(both[1, 60:], alone[0, 17:])

@@ -1,8 +1,9 @@
-"""TokenSelect: each decode step reads the tokens that the query heads vote for together."""
+"""TokenSelect: each decode step, and each prompt chunk, reads the tokens that the query heads vote for together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attnpatch.errors import ConfigError
@@ -18,44 +19,115 @@ if TYPE_CHECKING:
 @register("tokenselect")
 @dataclass
 class TokenSelect(Patch):
-    """TokenSelect (arXiv 2411.02886; pzs19/TokenSelect), its decoding. The prefill is dense, the cache complete.
+    """TokenSelect (arXiv 2411.02886; pzs19/TokenSelect), decoding and prefill over a complete cache.
 
     Each step attends the first `n_init` tokens, the last `n_local`, and `top_k` between, the same for all heads:
     every head spreads one vote over them by the softmax of its unscaled q . k. A step whose query has a cosine of
     `threshold` or more to that of the last vote takes its tokens again (all heads as one vector, before rotation).
-    Not the paper's: positions are the true ones in scores and attention, so no length is gained beyond the trained one;
-    the sparse prefill is left out. Chosen here: ties go to the later token; each turn votes anew.
+    With `prefill`, chunks of the prompt do the same by their mean query. Not the paper's: positions are the true ones
+    in scores and attention, so no length is gained beyond the trained one. Chosen here: ties go to the later token;
+    each turn votes anew.
     """
 
     top_k: int = option(2048, "tokens that the heads vote for", low=1)
     n_local: int = option(512, "last tokens, always attended, the newest included", low=1)
     n_init: int = option(128, "first tokens, always attended", low=0)
-    threshold: float = option(0.9, "cosine of queries from which tokens are taken again; above 1 = never")
+    threshold: float = option(
+        0.9, "cosine of queries from which tokens are taken again; above 1 = never", low=-1.01, high=1.01
+    )
     selection: str = option("soft_vote", "how heads agree", choices=("soft_vote", "head_vote", "logit_sum"))
     pool_kernel: int = option(1, "max-pooling width over neighbouring votes, odd; 1 = none", low=1)
+    prefill: bool = option(False, "chunk-wise sparse prefill too. False: the prompt is attended densely")
+    decode: bool = option(True, "sparse decoding; needs the whole cache. False: decode steps are dense")
+    chunk: int = option(512, "prompt tokens, counted from a multiple of it, that share one selection", low=1)
+    strict: bool = option(False, "score query head h by KV head h mod Hkv, as the reference wrongly does")
 
-    title = "TokenSelect (decoding)"
+    title = "TokenSelect"
     paper = "arXiv 2411.02886"
     stage = "decode"
-    phases = frozenset({"decode"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pool_kernel % 2 == 0:
             raise ConfigError(f"tokenselect: pool_kernel={self.pool_kernel} is even; pooling needs an odd width.")
+        if not (self.prefill or self.decode):
+            raise ConfigError("tokenselect: prefill and decode are both False; set one of them to True.")
+
+    @property
+    def phases(self) -> frozenset[str]:
+        return frozenset(p for p, on in (("prefill", self.prefill), ("decode", self.decode)) if on)
 
     @property
     def needs_rope(self) -> bool:
-        return self.threshold <= 1
+        return self.decode and self.threshold <= 1
 
-    def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection | None:
-        """None (dense), or one list of tokens for all heads."""
+    def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection | Iterator[Selection] | None:
+        """None (dense), or one list of tokens for all heads; in prefill one a chunk."""
         from attnpatch.decisions import Selection
 
+        if ctx.phase == "prefill":
+            return self._chunks(q, kv, ctx) if kv.S > self._dense_until(kv.S - q.shape[2], kv.S) else None
         if kv.S <= self.n_init + self.top_k + self.n_local:
             return None
         index, count = self._chosen(q, kv, ctx)
         return Selection(index[:, None, None], count[:, None, None], 1, sink=self.n_init, window=self.n_local)
+
+    def _ends(self, first: int, stop: int) -> list[int]:
+        """Ends of the chunks of the tokens first .. stop - 1; they lie at absolute multiples of `chunk`."""
+        return [*range((first // self.chunk + 1) * self.chunk, stop, self.chunk), stop]
+
+    def _near(self, tokens: int) -> int:
+        """Last tokens that a chunk of so many attends: `n_local`, and never less than itself."""
+        return max(self.n_local, tokens)
+
+    def _dense_until(self, first: int, stop: int) -> int:
+        """End of the leading chunks whose keys are all attended."""
+        start = first
+        for end in self._ends(first, stop):
+            if end > self.n_init + self.top_k + self._near(end - start):
+                break
+            start = end
+        return start
+
+    def _chunks(self, q: Tensor, kv: KV, ctx: Ctx) -> Iterator[Selection]:
+        """The first chunks dense, then one list for each."""
+        from attnpatch.decisions import Selection
+
+        first = kv.S - q.shape[2]
+        start = self._dense_until(first, kv.S)
+        if start > first:
+            yield Selection(rows=slice(0, start - first))
+        for end in self._ends(start, kv.S):
+            index, count = self.chunk_list(q[:, :, start - first : end - first], kv, ctx, start, end)
+            yield Selection(index[:, None, None], count[:, None, None], 1, rows=slice(start - first, end - first))
+            start = end
+
+    def chunk_list(self, q: Tensor, kv: KV, ctx: Ctx, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Slots int32 [B, M] that the queries q [B, Hq, c, D] at start .. end - 1 share, ascending, and how many [B].
+
+        First tokens, the voted ones, and the last ones up to the row's end within the chunk.
+        """
+        import torch
+
+        from attnpatch.executors import top_slots
+
+        row = torch.arange(start, end, device=q.device)
+        held = (ctx.q_pos.amax(-1) + 1).clamp(max=end)  # [B] tokens of each row
+        real = row < held[:, None]  # [B, c]
+        mean = q.float().masked_fill(~real[:, None, :, None], 0.0).sum(2, keepdim=True)
+        mean = (mean / real.sum(-1).clamp(min=1)[:, None, None, None]).to(kv.k.dtype)  # [B, Hq, 1, D]
+        near = real.sum(-1).clamp(min=self.n_local)  # [B]
+        early = (held - near).clamp(min=0)
+        part = replace(kv, k=kv.k[:, :, :end])
+        voted, count = top_slots.run(self.votes(mean, part, held - near + self.n_local - 1), self.top_k)
+        first = torch.arange(min(self.n_init, end), device=q.device).expand(len(held), -1)
+        late = early[:, None] + torch.arange(self._near(end - start), device=q.device)
+        meant = torch.arange(self.top_k, device=q.device) < count[:, None]
+        index = torch.cat([
+            torch.where(first < early[:, None], first, kv.S), torch.where(meant, voted, kv.S),
+            torch.where(late < held[:, None], late, kv.S),
+        ], dim=-1).sort(dim=-1).values.to(torch.int32)  # fmt: skip
+        return index, (index < kv.S).sum(-1, dtype=torch.int32)
 
     def _chosen(self, q: Tensor, kv: KV, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """Slots int32 [B, top_k], ascending, and how many of them count [B]: new ones, or those of a like query."""
@@ -69,11 +141,29 @@ class TokenSelect(Patch):
             if known:
                 like = likeness.run(query, kv.rows["tokens_query"], newest, self.threshold)
                 old = kv.rows["tokens"], kv.rows["tokens_count"]
+                if kv.holes:  # a row that still attends everything keeps no vote, as it would alone
+                    none = ((newest >= 0) & self._all(newest))[:, None]
+                    kv.rows["tokens_query"] = kv.rows["tokens_query"].masked_fill(none, float("nan"))
             else:  # NaN is like nothing: where there was no token, the next one votes
-                kv.rows["tokens_query"] = query.masked_fill(newest[:, None] < 0, float("nan"))
+                kv.rows["tokens_query"] = query.masked_fill(self._all(newest)[:, None], float("nan"))
+            self._tally(kv, ctx, newest, like)
         index, count = top_slots.run(self.votes(q, kv, newest, like), self.top_k, old=old, skip=like)
         kv.rows["tokens"], kv.rows["tokens_count"] = index, count
         return index, count
+
+    def _all(self, newest: Tensor) -> Tensor:
+        """bool [B]: rows, newest token at `newest`, that hold no more than is attended anyway."""
+        return newest < self.n_init + self.top_k + self.n_local
+
+    def _tally(self, kv: KV, ctx: Ctx, newest: Tensor, like: Tensor | None) -> None:
+        """Count this sparse step, and whether it took tokens again, for `status`. The host does not wait."""
+        import torch
+
+        there = newest >= 0
+        now = torch.stack([there, there & like if like is not None else torch.zeros_like(there)], -1).long()
+        kv.rows["tokens_tally"] = now + kv.rows.get("tokens_tally", 0)  # int64 [B, 2]: steps, hits
+        steps, hits = kv.rows["tokens_tally"].sum(0)
+        ctx.report["sparse steps"], ctx.report["hit rate"] = kv.rows["tokens_tally"][:, 0], hits / steps.clamp(min=1)
 
     def votes(self, q: Tensor, kv: KV, newest: Tensor, skip: Tensor | None = None) -> Tensor:
         """fp32 [B, S]: votes for the tokens between the first and the last ones, -inf elsewhere.
@@ -87,6 +177,8 @@ class TokenSelect(Patch):
         from attnpatch.executors.column_sums import matmul, operand
 
         late = self.n_local - 1
+        if self.strict:  # the head that stands where the kernel pairs it with KV head h mod Hkv
+            q = q.unflatten(1, (-1, kv.k.shape[1])).transpose(1, 2).flatten(1, 2)
         if self.selection == "soft_vote":
             found = votes.run(q, kv.k, first=self.n_init, end=newest, late=late, skip=skip)[:, 0]
             if self.pool_kernel == 1:

@@ -254,7 +254,10 @@ def compose(patches: Sequence[Patch]) -> tuple[Patch, ...]:
         choosers = [p for p in patches if phase in p.phases]
         if len(choosers) > 1:
             first, second = (p.name for p in choosers[:2])
-            raise ConfigError(f"{first!r} and {second!r} both choose what {phase} attends (hook 'select'); name one.")
+            off = next((f", or set {phase}=False on {p.name!r}" for p in choosers if hasattr(p, phase)), "")
+            raise ConfigError(
+                f"{first!r} and {second!r} both choose what {phase} attends (hook 'select'); name one{off}."
+            )
         _check_chooser(choosers, patches, phase)
     return tuple(patches)
 

@@ -390,7 +390,7 @@ def test_hip_row_that_pauses_keeps_its_list():
 
 # ---- tokenselect ----
 
-TOKENS = {"top_k": 9, "n_local": 12, "n_init": 4, "threshold": 1.01}
+TOKENS = {"top_k": 9, "n_local": 12, "n_init": 4, "threshold": 1.01, "positions": "true", "prefill": False}
 
 
 def naive_votes(q, k, patch):

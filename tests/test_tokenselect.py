@@ -11,7 +11,7 @@ from selections import attend, layer, noise, pairs
 import attnpatch
 from attnpatch.errors import ConfigError
 
-BASE = {"top_k": 9, "n_local": 12, "n_init": 4, "chunk": 8, "prefill": True}
+BASE = {"top_k": 9, "n_local": 12, "n_init": 4, "chunk": 8, "positions": "true"}
 
 
 def naive_chunks(q, k, n, patch):
@@ -69,8 +69,9 @@ def test_prefill_with_room_for_all_is_dense_and_else_sparse(name):
     ({"threshold": -2.0}, "threshold=-2.0 is too small; it must be at least -1.01"),
     ({"chunk": 0}, "chunk=0 is too small"),
     ({"n_local": 0}, "n_local=0 is too small"),
-    ({"decode": False}, "both False"),
-], ids=["high", "low", "chunk", "local", "neither"])  # fmt: skip
+    ({"decode": False, "prefill": False}, "both False"),
+    ({"positions": "rank"}, "choose one of 'compact', 'true'"),
+], ids=["high", "low", "chunk", "local", "neither", "positions"])  # fmt: skip
 def test_refusals(change, message):
     with pytest.raises(ConfigError, match=message):
         TokenSelect(**change)

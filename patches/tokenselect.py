@@ -84,8 +84,8 @@ class TokenSelect(Patch):
 
         if self.repositions and ctx.turn is None:
             raise ConfigError(
-                "tokenselect: positions='compact' turns queries and keys; give turn(x, by), as a patched model does, or "
-                "set positions='true'."
+                "tokenselect: positions='compact' turns queries and keys; give turn(x, by), as a patched model does, "
+                "or set positions='true'."
             )
         if ctx.phase == "prefill":
             return self._chunks(q, kv, ctx) if kv.S > self._dense_until(kv.S - q.shape[2], kv.S) else None
@@ -224,6 +224,8 @@ class TokenSelect(Patch):
             else:  # NaN is like nothing: where there was no token, the next one votes
                 kv.rows["tokens_query"] = query.masked_fill(self._all(newest)[:, None], float("nan"))
             self._tally(kv, ctx, newest, like)
+        between = kv.S - self.n_init - self.n_local
+        ctx.tally.scored = ctx.tally.scored + (between if like is None else ~like * between)
         part = kv
         if self.repositions:
             q, part = ctx.turn(q, self.n_local - newest[:, None]), replace(kv, k=self._raw(kv, ctx))

@@ -99,3 +99,41 @@ def test_a_short_row_stays_dense_beside_a_long_one():
         both = model.generate(ids * mask, attention_mask=mask, max_new_tokens=14, do_sample=False)
         alone = model.generate(ids[1:, 43:], max_new_tokens=14, do_sample=False)
     assert torch.equal(both[1, 60:], alone[0, 17:])
+
+
+@pytest.mark.parametrize("positions", ["compact", "true"])
+@pytest.mark.parametrize("pad", [0, 23], ids=["alike", "padded"])
+@pytest.mark.parametrize("threshold", [-1.01, 1.01], ids=["hits", "votes"])
+def test_status_tells_what_was_read(positions, pad, threshold):
+    model, ids = tiny("llama"), torch.randint(2, 97, (2, 60), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :pad] = 0
+    hyper = {**BASE, "positions": positions, "threshold": threshold}
+    with attnpatch.patched(model, "tokenselect", **hyper):
+        model.generate(ids * mask, attention_mask=mask, max_new_tokens=11, do_sample=False)
+        layer = attnpatch.status(model).layers[1]
+        held = sum(60 - p + i for p in (0, pad) for i in range(1, 11))
+        scored = sum(60 + i - 16 for i in range(1, 11 if threshold > 1 else 2)) * 2
+        assert (layer.steps, layer.attended, layer.scored) == (10, 25, scored / 20)
+        each = 2 * 16 * 4  # bytes of the keys of a token
+        assert layer.bytes_read_dense == held * 2 * each
+        assert layer.bytes_read == (20 * 25 * 2 + scored) * each
+        assert layer.hit_rate == (None if threshold > 1 else pytest.approx(0.9))
+        assert "10 steps attended 25 and scored" in str(attnpatch.status(model))
+        model.generate(ids, max_new_tokens=1, do_sample=False)
+        assert attnpatch.status(model).layers[1].steps == 0  # a new cache counts anew
+
+
+@pytest.mark.parametrize(("patch", "hyper", "attended", "scored"), [
+    ("quest", {"budget": 16, "page_size": 4, "dense_layers": 0}, 16, None),
+    ("recycled", {"budget": 20, "min_budget": 1, "schedule": "fixed", "stride": 50}, 21, 0),
+    ("tokenselect", {}, 65.5, 0),
+], ids=["quest", "recycled", "dense"])  # fmt: skip
+def test_status_of_other_methods(patch, hyper, attended, scored):
+    model, ids = tiny("qwen3"), torch.randint(2, 97, (1, 60), generator=torch.Generator().manual_seed(3))
+    with attnpatch.patched(model, patch, **hyper):
+        model.generate(ids, max_new_tokens=11, do_sample=False, num_beams=2)
+        layer = attnpatch.status(model).layers[3]
+    assert layer.steps == 10 and layer.attended == attended
+    assert layer.scored == (2 * sum(-(-(60 + i) // 4) for i in range(1, 11)) / 10 if scored is None else scored)
+    assert (layer.bytes_read < layer.bytes_read_dense) == bool(hyper)

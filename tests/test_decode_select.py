@@ -661,7 +661,7 @@ def test_composition():
         assert not torch.allclose(got[1], wanted[1], atol=1e-3)
         with pytest.raises(ConfigError, match=f"'{patch}' needs the full cache in decode, which 'snapkv' evicts"):
             attnpatch.patch_model(model, f"snapkv+{patch}")
-        with pytest.raises(ConfigError, match="both choose what decode attends"):
+        with pytest.raises(ConfigError, match="both choose what (prefill|decode) attends"):
             attnpatch.patch_model(model, f"hip+{patch}")
     with pytest.raises(ConfigError, match="which 'snapkv' evicts; set decode=False on 'hip'"):
         attnpatch.patch_model(model, "hip+snapkv")

@@ -219,6 +219,7 @@ def _push_tail(tail: Any, q: Tensor, q_pos: Tensor | None, call: Call, width: in
 def _complete(call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor) -> None:
     """Fill in what hooks may read and the plain dense road does without."""
     kv.pos, ctx.ragged, ctx.report = layer.pos, layer.count is not None, layer.report
+    ctx.tally = layer.tally
     ctx.q_pos = ctx.q_pos if ctx.q_pos is not None else call.q_pos(q.shape[0], q.device)
     if call.event != "step":
         ctx.prompt_len = call.prompt_len

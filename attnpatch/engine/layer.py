@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from attnpatch.engine.call import KV
 from attnpatch.engine.ragged import Packed, PackedKV
 from attnpatch.engine.slots import gather, own
+from attnpatch.engine.tally import Tally
 from attnpatch.errors import InputError, UnsupportedModeError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class PatchLayer(DynamicLayer):
         self.grid = 0
         self.watch: Any = None  # Stopwatch of choosing and computing in prefill
         self.report: dict[str, Tensor] = {}  # what a method tells of itself, for status
+        self.tally = Tally()  # what decode steps of a selecting method read
         self.tail: tuple[Tensor, Tensor] | None = None  # earlier chunks' last queries and their positions
         self._spare: tuple[Tensor, Tensor] | None = None  # one free slot after a drop: the next append is in place
 
@@ -171,6 +173,7 @@ class PatchLayer(DynamicLayer):
             setattr(self, name, pick(value) if isinstance(value, torch.Tensor) else value)
         self.state = {n: pick(t) for n, t in self.state.items()}
         self.rows = {n: pick(t) for n, t in self.rows.items()}
+        self.tally = self.tally.pick(pick)
         self.tail = None if self.tail is None else (pick(self.tail[0]), pick(self.tail[1]))
         self._spare = None
 

@@ -43,6 +43,8 @@ class Selection:
     skip: int = 0  # keys at positions below are left out, whatever names them
     at: torch.Tensor | None = None  # int [B, rows] or [B, Hq, rows] positions the queries are rotated to, not their own
     rows: slice | None = None  # query rows of this call that the term covers; None = all
+    # "rank": keys count as if they stood side by side, at their places in the list (`rank_lists`); None = as they are
+    positions: str | None = None
     # int32 [B|1, H, R, g], with page 1 and without bq, columns, sink, window and count: list r is for these rows (of
     # `rows`), in any order, -1 = unused, no row in two lists; other rows get nothing. Lists need not ascend, may hold
     # -1 (unused), and name no slot twice unless by entries of weight -inf

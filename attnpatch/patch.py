@@ -20,9 +20,11 @@ P = TypeVar("P", bound="type[Patch]")
 _REGISTRY: dict[str, type[Patch]] = {}
 
 
-def option(default: Any, help: str, choices: Sequence[Any] | None = None, low: float | None = None) -> Any:
-    """A hyperparameter of a patch: default, one line of help, allowed values or a lower bound."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+def option(
+    default: Any, help: str, choices: Sequence[Any] | None = None, low: float | None = None, high: float | None = None
+) -> Any:
+    """A hyperparameter of a patch: default, one line of help, allowed values or bounds."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
 @dataclass
@@ -180,8 +182,11 @@ def _check_field(patch: str, f: Field, value: Any) -> None:
     choices, low = f.metadata.get("choices"), f.metadata.get("low")
     if choices and value not in choices:
         raise ConfigError(f"{patch}: {f.name}={value!r} is not allowed; choose one of {', '.join(map(repr, choices))}.")
-    if low is not None and value is not None and value < low:
+    if low is not None and value is not None and not value >= low:
         raise ConfigError(f"{patch}: {f.name}={value!r} is too small; it must be at least {low}.")
+    high = f.metadata.get("high")
+    if high is not None and value is not None and not value <= high:
+        raise ConfigError(f"{patch}: {f.name}={value!r} is too large; it must be at most {high}.")
 
 
 def register(name: str) -> Callable[[P], P]:
@@ -250,7 +255,10 @@ def compose(patches: Sequence[Patch]) -> tuple[Patch, ...]:
         choosers = [p for p in patches if phase in p.phases]
         if len(choosers) > 1:
             first, second = (p.name for p in choosers[:2])
-            raise ConfigError(f"{first!r} and {second!r} both choose what {phase} attends (hook 'select'); name one.")
+            off = next((f", or set {phase}=False on {p.name!r}" for p in choosers if hasattr(p, phase)), "")
+            raise ConfigError(
+                f"{first!r} and {second!r} both choose what {phase} attends (hook 'select'); name one{off}."
+            )
         _check_chooser(choosers, patches, phase)
     return tuple(patches)
 

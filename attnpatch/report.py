@@ -16,6 +16,9 @@ class LayerStatus:
     density: share of the causal pages attended in prefill, fp32 [B, H].
     choosing, computing: seconds of the device in a selecting method's prefill, all calls together.
     report: what the method tells of itself, by name (a share of heads, a rate of hits).
+    steps: decode steps under a selecting method; attended, scored: tokens of a step, mean over steps, rows and heads,
+    and keys read to choose them (a page's bounds count as two; 0 where the method does not tell).
+    bytes_read, bytes_read_dense: of K and V in those steps, all rows, and what dense steps would have read.
     """
 
     index: int
@@ -33,6 +36,16 @@ class LayerStatus:
     choosing: float = 0.0
     computing: float = 0.0
     report: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    attended: float = 0.0
+    scored: float = 0.0
+    bytes_read: int = 0
+    bytes_read_dense: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of sparse steps that took an earlier choice again; None where the method keeps none."""
+        return self.report.get("hit rate")
 
     @property
     def choice(self) -> str:
@@ -45,7 +58,14 @@ class LayerStatus:
     @property
     def told(self) -> str:
         """What the method tells of itself, in words."""
-        return "".join(f"; {name} {value:.4g}" for name, value in self.report.items())
+        told = "".join(f"; {name} {value:.4g}" for name, value in self.report.items())
+        if not self.steps:
+            return told
+        share = self.bytes_read / max(self.bytes_read_dense, 1)
+        return (
+            f"{told}; {self.steps} steps attended {self.attended:,.0f} and scored {self.scored:,.0f} tokens each, "
+            f"{share:.1%} of the dense reading"
+        )
 
 
 @dataclass
@@ -72,6 +92,7 @@ class Status:
         """Plain values for JSON; positions are left out."""
         layers = [{k: v for k, v in vars(layer).items() if k != "positions"} for layer in self.layers]
         for row in layers:
+            row["hit_rate"] = row["report"].get("hit rate")
             row["density"] = None if row["density"] is None else row["density"].tolist()
         return {**{k: v for k, v in asdict(self).items() if k != "layers"}, "layers": layers,
                 "bytes_held": self.bytes_held, "bytes_dense": self.bytes_dense}  # fmt: skip
@@ -121,8 +142,10 @@ def status(model: Any) -> Status:
 def _fill(row: LayerStatus, held: Any) -> None:
     """Take the figures of a cache layer, tensors to the CPU."""
     figures = dict(vars(held))
-    watch, report = figures.pop("watch"), figures.pop("report")
+    watch, report, tally = (figures.pop(name) for name in ("watch", "report", "tally"))
     vars(row).update(figures)
+    if tally is not None:
+        vars(row).update(tally[0].figures(*tally[1:]))
     row.positions, row.density = (None if x is None else x.cpu() for x in (row.positions, row.density))
     row.report = {name: float(x.float().mean()) for name, x in report.items()}
     if watch is not None:

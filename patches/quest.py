@@ -69,6 +69,7 @@ class Quest(Patch):
             q, bounds, self.page_size, newest + 1 if kv.holes else None,
             last=newest if self.keep_last else None, largest=self.gqa == "group_max",
         )  # fmt: skip  # [B, Hq|Hkv, n]
+        ctx.tally.scored += 2 * bounds.shape[2]  # of each page two vectors
         # shorter rows may attend fewer pages
         most = self._count(newest + 1)[:, None] if kv.holes else None  # [B, 1]
         index, count = top_slots.run(scores, width, most)

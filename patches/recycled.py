@@ -170,6 +170,8 @@ class RefreshKV(Patch):
         listed, score, size = kv.rows["recycled"], kv.rows["recycled_score"], kv.state["recycled_size"][:, None]
         if ctx.ragged:  # a row without a token keeps its list
             like = newest < 0 if like is None else like | (newest < 0)
+        if ctx.event == "step":
+            ctx.tally.scored = ctx.tally.scored + (kv.S if like is None else ~like * kv.S)
         scores = self.scores(q, kv, ctx, newest, like)
         old = None if like is None else (listed, torch.empty(listed.shape[:2], dtype=torch.int32, device=q.device))
         index, _ = top_slots.run(scores, listed.shape[-1], size, old=old, skip=None if like is None else like[:, None])

@@ -1,12 +1,16 @@
-"""TokenSelect: each decode step reads the tokens that the query heads vote for together."""
+"""TokenSelect: each decode step, and each prompt chunk, reads the tokens that the query heads vote for together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attnpatch.errors import ConfigError
 from attnpatch.patch import Patch, option, register
+
+RAW, ROOM = "tokens_raw", 256
+"""Name of the keys before their rotation, and slots they may grow by before they are copied."""
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,44 +22,189 @@ if TYPE_CHECKING:
 @register("tokenselect")
 @dataclass
 class TokenSelect(Patch):
-    """TokenSelect (arXiv 2411.02886; pzs19/TokenSelect), its decoding. The prefill is dense, the cache complete.
+    """TokenSelect (arXiv 2411.02886; pzs19/TokenSelect), decoding and prefill over a complete cache.
 
     Each step attends the first `n_init` tokens, the last `n_local`, and `top_k` between, the same for all heads:
     every head spreads one vote over them by the softmax of its unscaled q . k. A step whose query has a cosine of
     `threshold` or more to that of the last vote takes its tokens again (all heads as one vector, before rotation).
-    Not the paper's: positions are the true ones in scores and attention, so no length is gained beyond the trained one;
-    the sparse prefill is left out. Chosen here: ties go to the later token; each turn votes anew.
+    With `prefill`, each chunk of the prompt does the same by its mean query; up to as many tokens all are attended.
+    positions="compact": what is attended counts as if it stood side by side, and votes compare a query at `n_local`
+    with keys before their rotation, so no distance exceeds what is attended, however long the text. Un-rotated keys are
+    kept besides the cache for that (half as much again). "true" keeps positions in votes and attention.
+    Chosen here: ties go to the later token; each turn votes anew. Chunks lie at multiples of `chunk` from the first
+    real token, so a prompt fed in pieces of another size votes by partial chunks where it is cut.
     """
 
     top_k: int = option(2048, "tokens that the heads vote for", low=1)
     n_local: int = option(512, "last tokens, always attended, the newest included", low=1)
     n_init: int = option(128, "first tokens, always attended", low=0)
-    threshold: float = option(0.9, "cosine of queries from which tokens are taken again; above 1 = never")
+    threshold: float = option(
+        0.9, "cosine of queries from which tokens are taken again; above 1 = never", low=-1.01, high=1.01
+    )
     selection: str = option("soft_vote", "how heads agree", choices=("soft_vote", "head_vote", "logit_sum"))
     pool_kernel: int = option(1, "max-pooling width over neighbouring votes, odd; 1 = none", low=1)
+    positions: str = option(
+        "compact", "attended tokens are re-numbered side by side, or stay where they are", choices=("compact", "true")
+    )
+    prefill: bool = option(True, "chunk-wise sparse prefill too. False: the prompt is attended densely")
+    decode: bool = option(True, "sparse decoding; needs the whole cache. False: decode steps are dense")
+    chunk: int = option(512, "prompt tokens, counted from a multiple of it, that share one selection", low=1)
+    strict: bool = option(False, "score query head h by KV head h mod Hkv, as the reference wrongly does")
 
-    title = "TokenSelect (decoding)"
+    title = "TokenSelect"
     paper = "arXiv 2411.02886"
     stage = "decode"
-    phases = frozenset({"decode"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pool_kernel % 2 == 0:
             raise ConfigError(f"tokenselect: pool_kernel={self.pool_kernel} is even; pooling needs an odd width.")
+        if not (self.prefill or self.decode):
+            raise ConfigError("tokenselect: prefill and decode are both False; set one of them to True.")
+
+    @property
+    def phases(self) -> frozenset[str]:
+        return frozenset(p for p, on in (("prefill", self.prefill), ("decode", self.decode)) if on)
+
+    @property
+    def repositions(self) -> bool:
+        return self.positions == "compact"
+
+    @property
+    def _takes_again(self) -> bool:
+        return self.decode and self.threshold <= 1
 
     @property
     def needs_rope(self) -> bool:
-        return self.threshold <= 1
+        return self.repositions or self._takes_again
 
-    def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection | None:
-        """None (dense), or one list of tokens for all heads."""
+    def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection | Iterator[Selection] | None:
+        """None (dense), or one list of tokens for all heads; in prefill one a chunk."""
         from attnpatch.decisions import Selection
 
+        if self.repositions and ctx.turn is None:
+            raise ConfigError(
+                "tokenselect: positions='compact' turns queries and keys; give turn(x, by), as a patched model does, "
+                "or set positions='true'."
+            )
+        if ctx.phase == "prefill":
+            return self._chunks(q, kv, ctx) if kv.S > self._dense_until(kv.S - q.shape[2], kv.S) else None
         if kv.S <= self.n_init + self.top_k + self.n_local:
             return None
         index, count = self._chosen(q, kv, ctx)
+        if self.repositions:
+            held = ctx.q_pos[:, -1] + 1
+            return self._term(self._joined(index, count, held, self.n_local, kv), ctx)
         return Selection(index[:, None, None], count[:, None, None], 1, sink=self.n_init, window=self.n_local)
+
+    def _term(self, listed: tuple[Tensor, Tensor], ctx: Ctx, rows: slice | None = None) -> Selection:
+        """The Selection of a whole list int32 [B, M], of which int32 [B] count."""
+        from attnpatch.decisions import Selection
+
+        index, count = (x[:, None, None] for x in listed)
+        positions = "rank" if self.repositions else None
+        # where no row is shorter than others, the list is always full
+        return Selection(index, count if ctx.ragged else None, 1, rows=rows, positions=positions)
+
+    def _joined(
+        self, voted: Tensor, count: Tensor, held: Tensor, near: int | Tensor, kv: KV, width: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """First tokens, those voted for, and the last ones, int32 [B, M] ascending, and how many [B].
+
+        voted int [B, top_k], of which count [B]; held int [B], tokens of a row; near, [B] or one of all, no more than
+        width: its last ones.
+        """
+        import torch
+
+        early = (held - near).clamp(min=0)[:, None]
+        first = torch.arange(min(self.n_init, kv.S), device=held.device).expand(len(held), -1)
+        late = early + torch.arange(width or self.n_local, device=held.device)
+        meant = torch.arange(self.top_k, device=held.device) < count[:, None]
+        index = torch.cat([
+            torch.where(first < early, first, kv.S), torch.where(meant, voted, kv.S),
+            torch.where(late < held[:, None], late, kv.S),
+        ], dim=-1).sort(dim=-1).values.to(torch.int32)  # fmt: skip
+        return index, (index < kv.S).sum(-1, dtype=torch.int32)
+
+    def _ends(self, first: int, stop: int) -> list[int]:
+        """Ends of the chunks of the tokens first .. stop - 1; they lie at absolute multiples of `chunk`."""
+        return [*range((first // self.chunk + 1) * self.chunk, stop, self.chunk), stop]
+
+    def _near(self, tokens: int) -> int:
+        """Last tokens that a chunk of so many attends: `n_local`, and never less than itself."""
+        return max(self.n_local, tokens)
+
+    def _dense_until(self, first: int, stop: int) -> int:
+        """End of the leading chunks whose keys are all attended."""
+        start = first
+        for end in self._ends(first, stop):
+            if end > self.n_init + self.top_k + self._near(end - start):
+                break
+            start = end
+        return start
+
+    def _chunks(self, q: Tensor, kv: KV, ctx: Ctx) -> Iterator[Selection]:
+        """The first chunks dense, then one list for each."""
+        from attnpatch.decisions import Selection
+
+        first = kv.S - q.shape[2]
+        start = self._dense_until(first, kv.S)
+        if start > first:
+            yield Selection(rows=slice(0, start - first))
+        for end in self._ends(start, kv.S):
+            rows = slice(start - first, end - first)
+            yield self._term(self.chunk_list(q[:, :, rows], kv, ctx, start, end), ctx, rows)
+            start = end
+        if self.repositions and not self.decode and ctx.event == "prompt":
+            kv.rows.pop(RAW, None)  # a later turn makes them anew
+
+    def chunk_list(self, q: Tensor, kv: KV, ctx: Ctx, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Slots int32 [B, M] that the queries q [B, Hq, c, D] at start .. end - 1 share, ascending, and how many [B].
+
+        First tokens, the voted ones, and the last ones up to the row's end within the chunk.
+        """
+        import torch
+
+        from attnpatch.executors import top_slots
+
+        row = torch.arange(start, end, device=q.device)
+        held = (ctx.q_pos.amax(-1) + 1).clamp(max=end)  # [B] tokens of each row
+        real = row < held[:, None]  # [B, c]
+        mean = q.float().masked_fill(~real[:, None, :, None], 0.0).sum(2, keepdim=True)
+        mean = (mean / real.sum(-1).clamp(min=1)[:, None, None, None]).to(kv.k.dtype)  # [B, Hq, 1, D]
+        keys = kv.k
+        if self.repositions:
+            mean = ctx.turn(mean, torch.full_like(held[:, None], self.n_local - start))
+            keys = self._raw(kv, ctx)
+        near = real.sum(-1).clamp(min=self.n_local)  # [B]
+        part = replace(kv, k=keys[:, :, :end])
+        voted, count = top_slots.run(self.votes(mean, part, held - near + self.n_local - 1), self.top_k)
+        return self._joined(voted, count, held, near, kv, self._near(end - start))
+
+    def _raw(self, kv: KV, ctx: Ctx) -> Tensor:
+        """The keys before their rotation [B, Hkv, S, D], kept with the layer and brought up to date."""
+        import torch
+
+        old, done = kv.rows.get(RAW), kv.plain.get(RAW, 0)
+        kv.plain[RAW] = kv.S  # slots that are there
+        batch = kv.k.shape[0]
+        if old is None or done > kv.S:
+            old, done = kv.k[:, :, :0], 0
+        if done == kv.S:
+            return old[:, :, : kv.S]
+        if old.shape[2] < kv.S:  # with room for the next ones
+            new = kv.k.new_zeros(*kv.k.shape[:2], kv.S + ROOM, kv.k.shape[3])
+            new[:, :, :done] = old[:, :, :done]
+            old = kv.rows[RAW] = new
+        if ctx.event == "step" and done == kv.S - 1:  # rows end at different slots
+            at = ctx.q_pos[:, -1:].clamp(min=0)  # [B, 1]
+            wide = at[:, None, :, None].expand(-1, kv.k.shape[1], -1, kv.k.shape[3])
+            old.scatter_(2, wide, ctx.turn(kv.k.gather(2, wide), -at))
+            return old[:, :, : kv.S]
+        done = 0 if ctx.ragged else done
+        at = torch.arange(done, kv.S, device=kv.k.device).expand(batch, -1)
+        old[:, :, done : kv.S] = ctx.turn(kv.k[:, :, done:], -at)
+        return old[:, :, : kv.S]
 
     def _chosen(self, q: Tensor, kv: KV, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """Slots int32 [B, top_k], ascending, and how many of them count [B]: new ones, or those of a like query."""
@@ -64,16 +213,39 @@ class TokenSelect(Patch):
         newest = ctx.q_pos[:, -1]  # [B]; -1 = no token in this step
         known = "tokens" in kv.rows and kv.plain["tokens_slots"] == kv.S - 1  # no token came without a step
         kv.plain["tokens_slots"], like, old = kv.S, None, None
-        if self.needs_rope:
+        if self._takes_again:
             query = ctx.back(q).flatten(1)  # fp32 [B, Hq * D]
             if known:
                 like = likeness.run(query, kv.rows["tokens_query"], newest, self.threshold)
                 old = kv.rows["tokens"], kv.rows["tokens_count"]
+                if kv.holes:  # a row that still attends everything keeps no vote, as it would alone
+                    none = ((newest >= 0) & self._all(newest))[:, None]
+                    kv.rows["tokens_query"] = kv.rows["tokens_query"].masked_fill(none, float("nan"))
             else:  # NaN is like nothing: where there was no token, the next one votes
-                kv.rows["tokens_query"] = query.masked_fill(newest[:, None] < 0, float("nan"))
-        index, count = top_slots.run(self.votes(q, kv, newest, like), self.top_k, old=old, skip=like)
+                kv.rows["tokens_query"] = query.masked_fill(self._all(newest)[:, None], float("nan"))
+            self._tally(kv, ctx, newest, like)
+        between = kv.S - self.n_init - self.n_local
+        ctx.tally.scored = ctx.tally.scored + (between if like is None else ~like * between)
+        part = kv
+        if self.repositions:
+            q, part = ctx.turn(q, self.n_local - newest[:, None]), replace(kv, k=self._raw(kv, ctx))
+        index, count = top_slots.run(self.votes(q, part, newest, like), self.top_k, old=old, skip=like)
         kv.rows["tokens"], kv.rows["tokens_count"] = index, count
         return index, count
+
+    def _all(self, newest: Tensor) -> Tensor:
+        """bool [B]: rows, newest token at `newest`, that hold no more than is attended anyway."""
+        return newest < self.n_init + self.top_k + self.n_local
+
+    def _tally(self, kv: KV, ctx: Ctx, newest: Tensor, like: Tensor | None) -> None:
+        """Count this sparse step, and whether it took tokens again, for `status`. The host does not wait."""
+        import torch
+
+        there = newest >= 0
+        now = torch.stack([there, there & like if like is not None else torch.zeros_like(there)], -1).long()
+        kv.rows["tokens_tally"] = now + kv.rows.get("tokens_tally", 0)  # int64 [B, 2]: steps, hits
+        steps, hits = kv.rows["tokens_tally"].sum(0)
+        ctx.report["sparse steps"], ctx.report["hit rate"] = kv.rows["tokens_tally"][:, 0], hits / steps.clamp(min=1)
 
     def votes(self, q: Tensor, kv: KV, newest: Tensor, skip: Tensor | None = None) -> Tensor:
         """fp32 [B, S]: votes for the tokens between the first and the last ones, -inf elsewhere.
@@ -87,6 +259,8 @@ class TokenSelect(Patch):
         from attnpatch.executors.column_sums import matmul, operand
 
         late = self.n_local - 1
+        if self.strict:  # the head that stands where the kernel pairs it with KV head h mod Hkv
+            q = q.unflatten(1, (-1, kv.k.shape[1])).transpose(1, 2).flatten(1, 2)
         if self.selection == "soft_vote":
             found = votes.run(q, kv.k, first=self.n_init, end=newest, late=late, skip=skip)[:, 0]
             if self.pool_kernel == 1:

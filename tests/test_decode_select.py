@@ -390,7 +390,7 @@ def test_hip_row_that_pauses_keeps_its_list():
 
 # ---- tokenselect ----
 
-TOKENS = {"top_k": 9, "n_local": 12, "n_init": 4, "threshold": 2.0}
+TOKENS = {"top_k": 9, "n_local": 12, "n_init": 4, "threshold": 1.01, "positions": "true", "prefill": False}
 
 
 def naive_votes(q, k, patch):
@@ -661,7 +661,7 @@ def test_composition():
         assert not torch.allclose(got[1], wanted[1], atol=1e-3)
         with pytest.raises(ConfigError, match=f"'{patch}' needs the full cache in decode, which 'snapkv' evicts"):
             attnpatch.patch_model(model, f"snapkv+{patch}")
-        with pytest.raises(ConfigError, match="both choose what decode attends"):
+        with pytest.raises(ConfigError, match="both choose what (prefill|decode) attends"):
             attnpatch.patch_model(model, f"hip+{patch}")
     with pytest.raises(ConfigError, match="which 'snapkv' evicts; set decode=False on 'hip'"):
         attnpatch.patch_model(model, "hip+snapkv")

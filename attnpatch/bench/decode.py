@@ -29,7 +29,7 @@ from attnpatch.patch import Patch
 FULL, QUICK = (32768, 131072), (900,)
 V1, DEFAULT = "recycled stride 50", "recycled default"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # row -> (patch, its options)
-    "tokenselect": ("tokenselect", {}),
+    "tokenselect": ("tokenselect", {"positions": "true"}),
     V1: ("recycled", {"budget": 4096, "kernel_size": 1, "schedule": "fixed", "stride": 50}),
     DEFAULT: ("recycled", {}),
     "quest": ("quest", {"dense_layers": 0}),

@@ -224,6 +224,7 @@ def _complete(call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor) -> Non
     if kv.packed is None:
         kv.pos = layer.pos
     ctx.ragged, ctx.report = layer.count is not None, layer.report
+    ctx.tally = layer.tally
     ctx.q_pos = ctx.q_pos if ctx.q_pos is not None else call.q_pos(q.shape[0], q.device)
     if call.event != "step":
         ctx.prompt_len = call.prompt_len

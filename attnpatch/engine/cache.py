@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ class LayerSummary:
 
     density: share of the causal pages that prefill attended, fp32 [B, H] (None unless a method listed pages).
     watch: `Stopwatch` of a selecting method's prefill ("all" of it, and "computing").
-    report: what the method told of itself (`Ctx.report`).
+    report: what the method told of itself (`Ctx.report`). tally: (`Tally`, rows, bytes of a token's keys, its values).
     """
 
     seen: int = 0
@@ -38,6 +39,7 @@ class LayerSummary:
     backend: str = ""
     watch: Any = None
     report: dict[str, Any] = field(default_factory=dict)
+    tally: Any = None
 
 
 def summarise(layer: Any) -> LayerSummary:
@@ -53,7 +55,8 @@ def summarise(layer: Any) -> LayerSummary:
     density = None if layer.pages is None else layer.pages / layer.grid
     return LayerSummary(
         seen, layer.held, layer.bytes_held(), seen * slot, positions, layer.note, density, layer.backend, layer.watch,
-        dict(layer.report),
+        dict(layer.report), (copy(layer.tally), keys.shape[0], keys.shape[1] * keys.shape[3] * keys.element_size(),
+                             values.shape[1] * values.shape[3] * values.element_size()),
     )  # fmt: skip
 
 

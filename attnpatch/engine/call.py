@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnpatch import breakeven
+from attnpatch.engine.tally import Tally
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import dense
 
@@ -127,6 +128,7 @@ class Ctx:
     ragged: bool = True  # rows may hold different numbers of tokens (padding)
     bytes_per_token: float | None = None
     report: dict[str, Tensor] = field(default_factory=dict)  # numbers to show in status (their mean), by name
+    tally: Tally = field(default_factory=Tally)  # a method adds to `scored` what it reads to choose
     untouched: tuple[bool, ...] = ()  # rows that keep all they hold, whatever the budget
     at: Any = None  # at(j): KV of covered layer j as it is now, for decisions on earlier layers
     index: int = 0  # the layer's number in the model, as profiles count

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from attnpatch.engine.call import KV
 from attnpatch.engine.ragged import Packed, PackedKV
 from attnpatch.engine.slots import gather, moved, own
+from attnpatch.engine.tally import Tally
 from attnpatch.errors import InputError, UnsupportedModeError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class PatchLayer(DynamicLayer):
         self.grid = 0
         self.watch: Any = None  # Stopwatch of choosing and computing in prefill
         self.report: dict[str, Tensor] = {}  # what a method tells of itself, for status
+        self.tally = Tally()  # what decode steps of a selecting method read
         self.tail: tuple[Tensor, Tensor] | None = None  # earlier chunks' last queries and their positions
         self._spare: tuple[Tensor, Tensor] | None = None  # one free slot after a drop: the next append is in place
 
@@ -99,11 +101,8 @@ class PatchLayer(DynamicLayer):
             return
         self.seen -= tokens
         self.tokens_since = max(0, self.tokens_since - tokens)
-        if self.mask is None:
-            self.forget(self.seen, None)
-        else:
-            mask = self.mask[:, : self.seen]
-            self.forget(mask.sum(-1, keepdim=True, dtype=torch.int32), mask)
+        mask = None if self.mask is None else self.mask[:, : self.seen]
+        self.forget(self.seen if mask is None else mask.sum(-1, keepdim=True, dtype=torch.int32), mask)
 
     def check_crop(self, tokens_to_remove: int) -> int:
         """The tokens a crop removes. Raises InputError or UnsupportedModeError where it cannot."""
@@ -173,6 +172,7 @@ class PatchLayer(DynamicLayer):
             setattr(self, name, pick(value) if isinstance(value, torch.Tensor) else value)
         self.state = {n: pick(t) for n, t in self.state.items()}
         self.rows = {n: pick(t) for n, t in self.rows.items()}
+        self.tally = self.tally.pick(pick)
         self.tail = None if self.tail is None else (pick(self.tail[0]), pick(self.tail[1]))
         self.extra = None if self.extra is None else self.extra.rows(pick)
         self._spare = None

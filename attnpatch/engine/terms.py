@@ -40,7 +40,10 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         note = note or "dense: the method's own choice"
     if ctx.phase == "prefill" or "prefill" not in call.plan.selectors:  # steps leave what is said of the prompt
         layer.note = note
+    step = ctx.event == "step"
     if decision is None:
+        if step:
+            layer.tally.close(kv, ctx, whole=True)
         return dispatch.run(q, kv, DENSE, ctx, lse)
     if limits is not None and not patch.merges:
         decision = list(decision) if isinstance(decision, Generator) else [decision]
@@ -57,6 +60,8 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         since = None if begin is None else watch.mark()
         result = dispatch.run(query, kv, term, ctx, total.want_lse)
         again = total.add(term.rows, *result)
+        if step:
+            layer.tally.term(term, kv)
         if since is not None:
             watch.note("computing", since)
         _record(layer, term, q.shape[2], kv.k.shape[2], again=again)
@@ -65,6 +70,8 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         return result
 
     each_term(decision, compute)
+    if step:
+        layer.tally.close(kv, ctx)
     if begin is not None:
         watch.note("all", begin)
     return total.result()

@@ -17,6 +17,8 @@ def executor(selection: Any, rows: int) -> str:
     """Name of the executor module for a Selection over `rows` queries."""
     if selection.index is None and selection.columns is None:
         return "dense"
+    if selection.positions == "rank":
+        return "rank_lists"
     if selection.groups is not None:
         return "scattered"
     if rows == 1:

@@ -97,6 +97,8 @@ def run(
 
     Rows that the selection does not cover come out zero, with lse -inf.
     """
+    if selection.positions == "rank":
+        return by_rank(q, kv, selection, ctx, want_lse)
     seen = _per_query_head(visible(kv, ctx.q_pos, ctx.window, ctx.mask), q.shape[1])
     if selection.named or selection.skip or selection.rows is not None:
         rows = selection.rows or slice(None)
@@ -112,6 +114,35 @@ def run(
     v = torch.where((kv.pos >= 0)[..., None], kv.v, 0.0).to(probs.dtype)
     out = probs @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # [B, Hq, T, D]
     return out.to(q.dtype).transpose(1, 2), lse if want_lse else None
+
+
+def by_rank(
+    q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The reference for `rank_lists.run`: each batch row and query by itself, its keys as a short text of their own."""
+    batch, heads, total, _ = q.shape
+    out = torch.zeros(batch, total, heads, kv.v.shape[3], dtype=q.dtype, device=q.device)
+    lse = torch.full((batch, heads, total), float("-inf"), device=q.device)
+    rows, index = range(total)[selection.rows or slice(None)], selection.index.expand(batch, -1, -1, -1)
+    for b in range(batch):
+        n = index.shape[3] if selection.count is None else int(selection.count.expand(batch, -1, -1)[b, 0, 0])
+        slots = index[b, 0, 0, :n].long()
+        pos = kv.pos[b, 0, slots].long()
+        for t in (t for t in rows if ctx.q_pos[b, t] >= 0):
+            seen = pos <= ctx.q_pos[b, t]  # the list ascends: those before, and itself
+            m = int(seen.sum())
+            if not m:
+                continue
+            k, v = (x[b : b + 1, :, slots[seen]] for x in (kv.k, kv.v))
+            at = torch.arange(m, device=q.device)
+            part = KVPart(ctx.turn(k, (at - pos[seen])[None]), v, at[None, None])
+            query = ctx.turn(q[b : b + 1, :, t : t + 1], (at[-1:] - ctx.q_pos[b, t])[None])
+            probs, logsum = _probabilities(
+                _logits(query, part, ctx.scaling, ctx.softcap), torch.ones_like(seen[seen])[None, None, None]
+            )
+            values = v.to(probs.dtype).repeat_interleave(heads // v.shape[1], dim=1)
+            out[b, t], lse[b, :, t] = (probs @ values)[0, :, 0].to(q.dtype), logsum[0, :, 0].to(lse.dtype)
+    return out, lse if want_lse else None
 
 
 def ragged(

@@ -1,0 +1,139 @@
+"""TokenSelect's prefill and options, against plain loops from its specification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attnpatch.patches.tokenselect import TokenSelect
+from oracle import CONFIGS, tiny
+from selections import attend, layer, noise, pairs
+
+import attnpatch
+from attnpatch.errors import ConfigError
+
+BASE = {"top_k": 9, "n_local": 12, "n_init": 4, "chunk": 8, "positions": "true"}
+
+
+def naive_chunks(q, k, n, patch):
+    """bool [n, n]: pairs that one row's queries q [Hq, n, D] attend of k [Hkv, n, D]."""
+    heads, kv_heads, seen = q.shape[0], k.shape[0], torch.zeros(n, n, dtype=torch.bool)
+    for start in range(0, n, patch.chunk):
+        end = min(start + patch.chunk, n)
+        near = max(patch.n_local, end - start)
+        keys = set(range(end))
+        if end > patch.n_init + patch.top_k + near:
+            between = range(patch.n_init, end - near)
+            votes = torch.zeros(len(between))
+            for h in range(heads):
+                own = h % kv_heads if patch.strict else h * kv_heads // heads
+                votes += torch.softmax(k[own, patch.n_init : end - near] @ q[h, start:end].mean(0), -1)
+            best = sorted(range(len(between)), key=lambda i: (float(votes[i]), i))[-patch.top_k :]
+            keys = {between[i] for i in best} | set(range(patch.n_init)) | set(range(end - near, end))
+        for i in range(start, end):
+            seen[i, [j for j in keys if j <= i]] = True
+    return seen
+
+
+@pytest.mark.parametrize("change", [{}, {"chunk": 20}, {"n_init": 0}, {"top_k": 90}, {"strict": True}],
+                         ids=["plain", "wide", "no-sink", "all", "strict"])  # fmt: skip
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (8, 1)], ids=["gqa1", "gqa4", "gqa8"])
+def test_chunks_equal_the_specification(heads, kv_heads, change):
+    patch, lengths = TokenSelect(**{**BASE, **change}), [77, 41, 5]
+    q, k, v = noise(77, heads, kv_heads, batch=3, scale=0.3)
+    one, kv, ctx = layer(q, k, v, lengths)
+    found = pairs(patch, one, kv, ctx)
+    for b, n in enumerate(lengths):
+        wanted = naive_chunks(q[b], k[b], n, patch)
+        assert torch.equal(found[b, :, :n, :n], wanted.expand(heads, -1, -1)), b
+    assert torch.isfinite(attend(patch, one, kv, ctx)).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prefill_with_room_for_all_is_dense_and_else_sparse(name):
+    model, ids = tiny(name), torch.randint(2, 97, (2, 60), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :23] = 0
+    with torch.no_grad():
+        wanted = model(ids * mask, attention_mask=mask).logits
+        with attnpatch.patched(model, "tokenselect", **{**BASE, "top_k": 100}):
+            got = model(ids * mask, attention_mask=mask).logits
+        torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()], atol=5e-5, rtol=0)
+        with attnpatch.patched(model, "tokenselect", **BASE):
+            sparse = model(ids, use_cache=False).logits
+        assert torch.isfinite(sparse).all()
+        assert name == "mistral_sw" or not torch.allclose(sparse, model(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"threshold": 1.5}, "threshold=1.5 is too large; it must be at most 1.01"),
+    ({"threshold": -2.0}, "threshold=-2.0 is too small; it must be at least -1.01"),
+    ({"chunk": 0}, "chunk=0 is too small"),
+    ({"n_local": 0}, "n_local=0 is too small"),
+    ({"decode": False, "prefill": False}, "both False"),
+    ({"positions": "rank"}, "choose one of 'compact', 'true'"),
+], ids=["high", "low", "chunk", "local", "neither", "positions"])  # fmt: skip
+def test_refusals(change, message):
+    with pytest.raises(ConfigError, match=message):
+        TokenSelect(**change)
+
+
+@pytest.mark.parametrize(("threshold", "rate"), [(-1.01, 9 / 10), (1.01, None)], ids=["always", "never"])
+def test_status_tells_the_hit_rate(threshold, rate):
+    model, ids = tiny("llama"), torch.randint(2, 97, (2, 60), generator=torch.Generator().manual_seed(3))
+    with attnpatch.patched(model, "tokenselect", **{**BASE, "threshold": threshold}):
+        for _ in range(2):  # a new cache counts anew
+            model.generate(ids, max_new_tokens=11, do_sample=False)
+            report = attnpatch.status(model).layers[0].report
+            if rate is None:
+                assert "hit rate" not in report
+            else:
+                assert report["sparse steps"] == 10 and report["hit rate"] == pytest.approx(rate)
+
+
+def test_a_short_row_stays_dense_beside_a_long_one():
+    """While a row holds no more than is attended, no kept vote may hide what left its window."""
+    model, ids = tiny("llama"), torch.randint(2, 97, (2, 60), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :43] = 0
+    with attnpatch.patched(model, "tokenselect", **{**BASE, "prefill": False, "threshold": -1.01}):
+        both = model.generate(ids * mask, attention_mask=mask, max_new_tokens=14, do_sample=False)
+        alone = model.generate(ids[1:, 43:], max_new_tokens=14, do_sample=False)
+    assert torch.equal(both[1, 60:], alone[0, 17:])
+
+
+@pytest.mark.parametrize("positions", ["compact", "true"])
+@pytest.mark.parametrize("pad", [0, 23], ids=["alike", "padded"])
+@pytest.mark.parametrize("threshold", [-1.01, 1.01], ids=["hits", "votes"])
+def test_status_tells_what_was_read(positions, pad, threshold):
+    model, ids = tiny("llama"), torch.randint(2, 97, (2, 60), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :pad] = 0
+    hyper = {**BASE, "positions": positions, "threshold": threshold}
+    with attnpatch.patched(model, "tokenselect", **hyper):
+        model.generate(ids * mask, attention_mask=mask, max_new_tokens=11, do_sample=False)
+        layer = attnpatch.status(model).layers[1]
+        held = sum(60 - p + i for p in (0, pad) for i in range(1, 11))
+        scored = sum(60 + i - 16 for i in range(1, 11 if threshold > 1 else 2)) * 2
+        assert (layer.steps, layer.attended, layer.scored) == (10, 25, scored / 20)
+        each = 2 * 16 * 4  # bytes of the keys of a token
+        assert layer.bytes_read_dense == held * 2 * each
+        assert layer.bytes_read == (20 * 25 * 2 + scored) * each
+        assert layer.hit_rate == (None if threshold > 1 else pytest.approx(0.9))
+        assert "10 steps attended 25 and scored" in str(attnpatch.status(model))
+        model.generate(ids, max_new_tokens=1, do_sample=False)
+        assert attnpatch.status(model).layers[1].steps == 0  # a new cache counts anew
+
+
+@pytest.mark.parametrize(("patch", "hyper", "attended", "scored"), [
+    ("quest", {"budget": 16, "page_size": 4, "dense_layers": 0}, 16, None),
+    ("recycled", {"budget": 20, "min_budget": 1, "schedule": "fixed", "stride": 50}, 21, 0),
+    ("tokenselect", {}, 65.5, 0),
+], ids=["quest", "recycled", "dense"])  # fmt: skip
+def test_status_of_other_methods(patch, hyper, attended, scored):
+    model, ids = tiny("qwen3"), torch.randint(2, 97, (1, 60), generator=torch.Generator().manual_seed(3))
+    with attnpatch.patched(model, patch, **hyper):
+        model.generate(ids, max_new_tokens=11, do_sample=False, num_beams=2)
+        layer = attnpatch.status(model).layers[3]
+    assert layer.steps == 10 and layer.attended == attended
+    assert layer.scored == (2 * sum(-(-(60 + i) // 4) for i in range(1, 11)) / 10 if scored is None else scored)
+    assert (layer.bytes_read < layer.bytes_read_dense) == bool(hyper)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,6 +104,23 @@ class ColumnReweight:
             raise InputError(f"rows of shape {tuple(self.rows.shape)}; expected [{batch}, {heads}, {rows}].")
 
 
+@dataclass(frozen=True, eq=False)
+class Virtual:
+    """Entries that stand for tokens which are gone: seen by every later query, each counted exp(logw) times.
+
+    They have no position, and are older than whatever comes. k, v: [B, Hkv, E, D], fp32 or as the model's; logw: fp32
+    [B, Hkv, E] is added to an entry's logit, after a soft cap; -inf = there is none.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    logw: torch.Tensor
+
+    def rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> Virtual:
+        """With a row operation applied to all three."""
+        return Virtual(pick(self.k), pick(self.v), pick(self.logw))
+
+
 @dataclass(frozen=True)
 class KeepSet:
     """Which slots of a cache layer stay. Give `index` (rebuild) or `drop` (overwrite in place), never both.
@@ -113,6 +130,9 @@ class KeepSet:
     drop:  integer [B, H', 1]: the slot that the newest entry overwrites, O(1); -1 = none.
     shrink: with drop, the layer gives a slot up; every row must then drop or have a free slot.
     packed: the counts of the heads differ, and the layer stores them without padding.
+    limited: with packed, KV heads that hold `limit` entries at most from now on, for they drop one at each step beyond
+    it; the layer gives them no room to grow. Say `limit` (the most of any row) at each drop too, where it changes.
+    extra: what stands for the entries that went, now and before; the layer attends it until another is given.
     layer: number of the covered layer that is meant, this or an earlier one; None = this one.
     """
 
@@ -122,6 +142,9 @@ class KeepSet:
     shrink: bool = True
     packed: bool = False
     layer: int | None = None
+    limited: tuple[int, ...] = ()
+    limit: int = 0
+    extra: Virtual | None = None
 
     def validate(self, batch: int, kv_heads: int, slots: int) -> None:
         """Raise InputError unless shapes, ranges and order fit a layer of [batch, kv_heads, slots]."""
@@ -136,6 +159,13 @@ class KeepSet:
             raise InputError("KeepSet drop names one slot of each head; to drop several, give index.")
         if self.index is not None and self.count is None and bool((given.diff(dim=-1) <= 0).any()):
             raise InputError("KeepSet index must ascend without repeats.")
+        if self.extra is not None:
+            shapes = self.extra.k.shape[:3], self.extra.v.shape[:3], self.extra.logw.shape
+            if len(set(shapes)) > 1 or shapes[0][:2] != (batch, kv_heads):
+                raise InputError(
+                    f"KeepSet extra of shapes {', '.join(str(tuple(s)) for s in shapes)}; expected [{batch}, "
+                    f"{kv_heads}, E] for all three."
+                )
 
     @classmethod
     def top(
@@ -179,6 +209,23 @@ class KeepSet:
         index = torch.where(meant, ascending, ascending - scores.shape[-1])
         full = (by_head or len(set(capacity)) == 1) and not bool((count < width).any())  # at a prompt the host may wait
         return cls(index=index, count=None if full else count, packed=by_head, layer=layer)
+
+    @classmethod
+    def those(
+        cls, stay: torch.Tensor, limited: tuple[int, ...] = (), limit: int = 0, extra: Virtual | None = None
+    ) -> KeepSet:
+        """The slots that bool [B, Hkv, S] names, heads stored without padding. Waits for the device.
+
+        limited, limit, extra: see the class.
+        """
+        import torch
+
+        count = stay.sum(-1)
+        width = int(count.max())
+        place = torch.where(stay, stay.long().cumsum(-1) - 1, width)  # what goes is written behind
+        index = place.new_zeros(*stay.shape[:2], width + 1)
+        index.scatter_(-1, place, torch.arange(stay.shape[-1], device=stay.device).expand_as(place))
+        return cls(index=index[..., :width], count=count, packed=True, limited=limited, limit=limit, extra=extra)
 
     @classmethod
     def drop_worst(

@@ -45,6 +45,7 @@ class Patch:
     paper: ClassVar[str] = ""
     stage: ClassVar[str] = "evict"
     query_aware: ClassVar[bool] = False
+    needs_profile: ClassVar[bool] = False  # works with no model before it was given figures of its heads; see `fits`
 
     def __post_init__(self) -> None:
         for f in fields(self):

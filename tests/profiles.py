@@ -41,3 +41,12 @@ def characters():
 def random_ids(length, seed=0, rows=None):
     shape = (length,) if rows is None else (rows, length)
     return torch.randint(2, 97, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def head_profile(name, scores, kind="retrieval-heads", **overrides):
+    """A profile of the tiny model `name` with these scores [L][Hkv] (echo-heads: of both kinds)."""
+    from attnpatch.profile import Profile, structure
+
+    scores = torch.tensor(scores, dtype=torch.float32)
+    names = ("kv_induction", "kv_echo") if kind == "echo-heads" else ("kv_score",)
+    return Profile(kind, {n: scores.clone() for n in names}, structure(tiny(name, **overrides).config), {})

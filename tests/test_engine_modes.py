@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from oracle import CACHE, COMMON, CONFIGS, FULL, output_cache, tiny
+from profiles import head_profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig
 
@@ -796,8 +797,16 @@ class Waits(TorchDispatchMode):
 def test_decode_steps_never_wait_for_the_device(model, patch, padded):
     small = {"budget": 24} if "budget" in attnpatch.list_patches()[patch].__dataclass_fields__ else {}
     small |= {"window_size": 4} if patch in ("snapkv", "pyramidkv", "random", "adakv", "cake") else {}
-    active = {"window_size": 4, "atten_length": 16, "begin": 16}
-    small |= {"zerotuning": {"gamma": 2.0}, "act": {"heads": "all"}, "longheads": active}.get(patch, {})
+    halves, echoes = (head_profile("llama", [[0.1, 0.9]] * 4, kind) for kind in ("retrieval-heads", "echo-heads"))
+    small |= {
+        "zerotuning": {"gamma": 2.0},
+        "act": {"heads": "all"},
+        "longheads": {"window_size": 4, "atten_length": 16, "begin": 16},
+        "duoattention": {"profile": halves, "sink": 4, "recent": 16},
+        "compresskv": {"heads": "all"},
+        "taskkv": {"sink": 4, "recent": 8},
+        "razorattention": {"profile": echoes, "buffer": 16, "ratio": 9.0},
+    }.get(patch, {})
     mask = torch.ones(2, 60).long()
     mask[1, : 20 * padded] = 0
     with attnpatch.patched(model, patch, **small), torch.no_grad():

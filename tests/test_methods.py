@@ -899,14 +899,18 @@ def stories():
     return model, tell, tell(), ids.shape[1]
 
 
-@pytest.mark.parametrize("patch", sorted(n for n, c in attnpatch.list_patches().items() if "keep" in c.hooks()))
+KEEPERS = {n: c for n, c in attnpatch.list_patches().items() if "keep" in c.hooks()}
+
+
+@pytest.mark.parametrize("patch", [n for n, c in KEEPERS.items() if "budget" in c.__dataclass_fields__])
 def test_real_weights(stories, patch):
     model, tell, dense, n = stories
-    with attnpatch.patched(model, patch, budget=n + 60):
+    needs = {"compresskv": {"heads": "all"}, "taskkv": {"sink": 4, "recent": 8}}.get(patch, {})
+    with attnpatch.patched(model, patch, budget=n + 60, **needs):
         assert torch.equal(tell(), dense)
-    with attnpatch.patched(model, patch, budget=0.5):
+    with attnpatch.patched(model, patch, budget=0.5, **needs):
         got = tell()
         report = attnpatch.status(model)
     assert got.shape[0] > n and got[n] == dense[n]
-    assert any(layer.held < layer.seen for layer in report.layers)
+    assert any(layer.bytes_held < layer.bytes_dense for layer in report.layers)
     assert torch.equal(tell(), dense)

@@ -136,7 +136,7 @@ def everything() -> list[str]:
     """Every registered method that needs no calibrated values and writes no prompt of its own."""
     names = []
     for name, cls in list_patches().items():
-        if {"reweight", "prepare"} & cls.hooks():
+        if cls.needs_profile or {"reweight", "prepare"} & cls.hooks():
             continue
         with suppress(ConfigError):  # needs a profile
             names += [resolve(name)[0].name]

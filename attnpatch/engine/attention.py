@@ -8,7 +8,7 @@ import torch
 
 from attnpatch.engine.call import KV, Call, Ctx
 from attnpatch.engine.layer import PatchLayer
-from attnpatch.engine.terms import DENSE, attend, reweigh
+from attnpatch.engine.terms import DENSE, attend, reweigh, with_extra
 from attnpatch.errors import PatchStateError, UnsupportedModeError, UnsupportedModelError
 from attnpatch.executors import dense, dispatch
 
@@ -109,7 +109,7 @@ def _patched(
     plan, event = call.plan, call.event
     cache: PatchCache = call.cache  # type: ignore[assignment]  # a PatchLayer comes from one
     ordinal = plan.ordinal.get(index)
-    idle = (ordinal is None or not plan.acts_on_steps) and layer.packed is None
+    idle = (ordinal is None or not plan.acts_on_steps) and layer.packed is None and layer.extra is None
     if event == "step" and idle and softcap is None and call.custom is None:  # nothing to decide: be quick
         kv = layer.append(k, v, call)
         out = dense.single(q, kv.k, kv.v, scaling, call.row_lengths(layer))
@@ -139,7 +139,8 @@ def _patched(
         ctx.turn = lambda x, by: plan.rope.turn(x, index, by)
         ctx.back = lambda x: call.unturned(x, index)
     reweighters = plan.reweighters[call.phase] if ordinal is not None else ()
-    want_lse = bool(reweighters) or any(p.needs_lse for p in observers)
+    extra = layer.extra  # what this call finds; `keep` may change it for the next
+    want_lse = bool(reweighters) or extra is not None or any(p.needs_lse for p in observers)
     selector = plan.selectors.get(call.phase) if ordinal is not None else None
     if selector is not None or reweighters or observers or keeper is not None:
         _complete(call, layer, kv, ctx, q)
@@ -147,6 +148,8 @@ def _patched(
         out, lse = dispatch.run(q, kv, DENSE, ctx, want_lse)  # [B, T, Hq, D]
     else:
         out, lse = attend(selector, call, layer, index, q, kv, ctx, want_lse)
+    if extra is not None:
+        out, lse = with_extra(extra, q, ctx, out, lse)
     if reweighters:
         out = reweigh(reweighters, q, kv, ctx, out, lse)
     if plan.query_tail and event != "step" and ordinal is not None:
@@ -218,7 +221,9 @@ def _push_tail(tail: Any, q: Tensor, q_pos: Tensor | None, call: Call, width: in
 
 def _complete(call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor) -> None:
     """Fill in what hooks may read and the plain dense road does without."""
-    kv.pos, ctx.ragged, ctx.report = layer.pos, layer.count is not None, layer.report
+    if kv.packed is None:
+        kv.pos = layer.pos
+    ctx.ragged, ctx.report = layer.count is not None, layer.report
     ctx.tally = layer.tally
     ctx.q_pos = ctx.q_pos if ctx.q_pos is not None else call.q_pos(q.shape[0], q.device)
     if call.event != "step":

@@ -96,6 +96,7 @@ class KV:
     ordered: bool = False  # slots ascend without gaps, so a window is a range of slots
     aligned: bool = False  # entries lie in the slot of their position
     packed: Any = None  # the storage where heads hold different numbers of entries; k and v are then padded copies
+    extra: Any = None  # `Virtual` that stands for entries that went, attended besides
     real: Any = None  # (queries, keys): int32 [B], tokens of each row where both lie in front, the newest keys last
 
     @property

@@ -13,14 +13,14 @@ from transformers.cache_utils import DynamicLayer
 
 from attnpatch.engine.call import KV
 from attnpatch.engine.ragged import Packed, PackedKV
-from attnpatch.engine.slots import gather, own
+from attnpatch.engine.slots import gather, moved, own
 from attnpatch.engine.tally import Tally
 from attnpatch.errors import InputError, UnsupportedModeError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from attnpatch.decisions import KeepSet, Selection
+    from attnpatch.decisions import KeepSet, Virtual
     from attnpatch.engine.call import Call
 
 
@@ -48,6 +48,8 @@ class PatchLayer(DynamicLayer):
         self._next: Any = 0  # int or [B, 1]: position of the first entry after it; later ones follow on
         self._late = 0  # slots appended since
         self.packed: Packed | None = None  # the storage where heads hold different numbers of entries
+        self.extra: Virtual | None = None  # stands for entries that went
+        self._limited: tuple[Any, int] = ((), 0)  # KV heads that keep their length in it, and that length
         self.mask: Any = None  # the last padding mask, bool [B, seen]
         self.complete = True  # nothing was evicted
         self.compressed_turn: Any = -1  # the turn of the last eviction, int or int [B] by row; -1 = none
@@ -99,11 +101,8 @@ class PatchLayer(DynamicLayer):
             return
         self.seen -= tokens
         self.tokens_since = max(0, self.tokens_since - tokens)
-        if self.mask is None:
-            self.forget(self.seen, None)
-        else:
-            mask = self.mask[:, : self.seen]
-            self.forget(mask.sum(-1, keepdim=True, dtype=torch.int32), mask)
+        mask = None if self.mask is None else self.mask[:, : self.seen]
+        self.forget(self.seen if mask is None else mask.sum(-1, keepdim=True, dtype=torch.int32), mask)
 
     def check_crop(self, tokens_to_remove: int) -> int:
         """The tokens a crop removes. Raises InputError or UnsupportedModeError where it cannot."""
@@ -175,6 +174,7 @@ class PatchLayer(DynamicLayer):
         self.rows = {n: pick(t) for n, t in self.rows.items()}
         self.tally = self.tally.pick(pick)
         self.tail = None if self.tail is None else (pick(self.tail[0]), pick(self.tail[1]))
+        self.extra = None if self.extra is None else self.extra.rows(pick)
         self._spare = None
 
     # ---- what the engine does with it ------------------------------------------------------------------------
@@ -234,11 +234,14 @@ class PatchLayer(DynamicLayer):
     def view(self, first: bool = False) -> KV:
         """What a hook sees of the layer. first: nothing was held before this call."""
         if self.packed is not None:
-            return PackedKV(self.packed, self.complete, self.state, self.rows, self.plain)
+            packed = PackedKV(self.packed, self.complete, self.state, self.rows, self.plain)
+            packed.extra = self.extra
+            return packed
         # the pads of a first chunk lie behind causality: plain causal is right for it
         holes = self.count is not None and not first
         view = KV(self.keys, self.values, None, holes, self.complete, self.state, self.rows, self.plain, clean=True)
         view.aligned, view.ordered = self.aligned, self.aligned and not holes
+        view.extra = self.extra
         return view
 
     def _append_packed(self, k: Tensor, v: Tensor, call: Call) -> None:
@@ -252,7 +255,7 @@ class PatchLayer(DynamicLayer):
     def _pack(self) -> None:
         """Store without padding what heads hold in different numbers. Waits for the device."""
         pos, count = self.pos.expand(self.keys.shape[:3]), self._counts().expand(self.keys.shape[:2])
-        self.packed = Packed(self.keys, self.values, pos, count)
+        self.packed = Packed(self.keys, self.values, pos, count, *self._limited)
         self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
         self.count = self.packed.count
         self._tokens(lambda t: t[..., : self.held])
@@ -316,10 +319,23 @@ class PatchLayer(DynamicLayer):
 
     def keep(self, keep: KeepSet, turn: int) -> None:
         """Apply a decision at once: gather what stays, or overwrite what goes."""
-        packed = self._unpack() or keep.packed
+        self.extra = keep.extra or self.extra
+        if keep.drop is not None and self.packed is not None:
+            return self._drop_packed(keep, turn)
+        packed, self._limited = self._unpack() or keep.packed, (keep.limited, keep.limit)
         self._apply(keep, turn)
         if packed and not self.complete:
             self._pack()
+
+    def _drop_packed(self, keep: KeepSet, turn: int) -> None:
+        packed: Any = self.packed
+        drop = keep.drop.expand(-1, packed.count.shape[1], -1)  # type: ignore[union-attr]
+        newest = (packed.count.long() - 1).clamp(min=0)[..., None]
+        to = torch.where(drop < 0, newest, drop)
+        packed.drop(drop, keep.limit or packed.allotted)
+        self.count, self.complete, self.compressed_turn, self.tokens_since = packed.count, False, turn, 0
+        self._tokens(lambda t: moved(t, newest, to)[..., : self.held])
+        self._zero_free()
 
     def _apply(self, keep: KeepSet, turn: int) -> None:
         pos, before = self.pos, None if self.count is None and keep.count is None else self._counts()
@@ -365,9 +381,8 @@ class PatchLayer(DynamicLayer):
         for x in (self.keys, self.values):
             wide = [i[..., None].expand(-1, -1, -1, x.shape[-1]) for i in (drop, newest)]
             x.scatter_(2, wide[0], x.gather(2, wide[1]))
-        pos = pos.expand(-1, heads, -1)
-        pos = pos.scatter(-1, drop, pos.gather(-1, newest))
-        self._tokens(lambda t: t.scatter(-1, drop[:, : t.shape[1]], t.gather(-1, newest[:, : t.shape[1]])))
+        pos = moved(pos.expand(-1, heads, -1), newest, drop)
+        self._tokens(lambda t: moved(t, newest, drop))
         self._spare = None
         if shrink:
             self._spare = (self.keys, self.values)
@@ -376,31 +391,10 @@ class PatchLayer(DynamicLayer):
         self._zero_free()
         self._set_pos(pos if self.count is None else pos.masked_fill(self._free(), -1), following)
 
-    def record(self, term: Selection, rows: int, slots: int, again: bool = False) -> None:
-        """Add a term's listed pages to the layer's density; the host does not wait.
-
-        again: an earlier term covers the same rows, so that their causal pages are counted.
-        """
-        if term.index is None or not (term.bq or term.groups is not None):
-            return
-        bq, index = term.bq or 1, term.index
-        cell = bq * term.page  # pairs of a page and a list
-        if not again:
-            start, stop, _ = (term.rows or slice(None)).indices(rows)
-            ends = range(slots - rows + min(start + bq, stop), slots - rows + stop + bq, bq)
-            self.grid += cell * sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
-        width = index.new_full(index.shape[:-1], index.shape[-1]) if term.count is None else term.count
-        if term.groups is not None:
-            named = index >= 0 if term.weight is None else (index >= 0) & (term.weight > float("-inf"))
-            width = named.sum(-1) * (term.groups >= 0).sum(-1)  # [B|1, H, R]
-        pages = width.float().sum(-1).expand(self.keys.shape[0], -1) * cell
-        self.pages = pages if self.pages is None else self.pages + pages
-
     def bytes_held(self) -> int:
-        """Bytes allocated for K and V, spare slots included."""
+        """Bytes allocated for K and V, spare slots and what stands for dropped entries included."""
         if not self.is_initialized:
             return 0
-        if self.packed is not None:
-            return self.packed.bytes()
-        pair = self._spare or (self.keys, self.values)
-        return sum(t.numel() * t.element_size() for t in pair)
+        pair = (self.packed.k, self.packed.v) if self.packed is not None else self._spare or (self.keys, self.values)
+        extra = () if self.extra is None else (self.extra.k, self.extra.v)
+        return sum(t.numel() * t.element_size() for t in (*pair, *extra))

@@ -19,3 +19,9 @@ def own(x: Tensor) -> Tensor:
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """x [B, H, S, D] at index [B, H, M] -> [B, H, M, D]."""
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+def moved(x: Tensor, source: Tensor, to: Tensor) -> Tensor:
+    """x [B, H', S], H' in {1, Hkv}, with what lies in slot `source` [B, Hkv, 1] written into slot `to` as well."""
+    heads = x.shape[1]
+    return x.scatter(-1, to[:, :heads], x.gather(-1, source[:, :heads]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnpatch.decisions import Selection
+from attnpatch.decisions import Selection, Virtual
 from attnpatch.engine.stopwatch import Stopwatch
 from attnpatch.errors import ConfigError
 from attnpatch.executors import dispatch, lists, reweight
@@ -64,7 +64,7 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
             layer.tally.term(term, kv)
         if since is not None:
             watch.note("computing", since)
-        layer.record(term, q.shape[2], kv.k.shape[2], again=again)
+        _record(layer, term, q.shape[2], kv.k.shape[2], again=again)
         if not layer.backend and (term.index is not None or term.columns is not None):
             layer.backend = dispatch.explain(q, kv, term, ctx)
         return result
@@ -157,6 +157,50 @@ def turned(q: Tensor, term: Selection, ctx: Ctx) -> Tensor:
     return whole
 
 
+def _record(layer: PatchLayer, term: Selection, rows: int, slots: int, again: bool = False) -> None:
+    """Add a term's listed pages to the layer's density; the host does not wait.
+
+    again: an earlier term covers the same rows, so that their causal pages are counted.
+    """
+    if term.index is None or not (term.bq or term.groups is not None):
+        return
+    bq, index = term.bq or 1, term.index
+    cell = bq * term.page  # pairs of a page and a list
+    if not again:
+        start, stop, _ = (term.rows or slice(None)).indices(rows)
+        ends = range(slots - rows + min(start + bq, stop), slots - rows + stop + bq, bq)
+        layer.grid += cell * sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
+    width = index.new_full(index.shape[:-1], index.shape[-1]) if term.count is None else term.count
+    if term.groups is not None:
+        named = index >= 0 if term.weight is None else (index >= 0) & (term.weight > float("-inf"))
+        width = named.sum(-1) * (term.groups >= 0).sum(-1)  # [B|1, H, R]
+    pages = width.float().sum(-1).expand(layer.keys.shape[0], -1) * cell
+    layer.pages = pages if layer.pages is None else layer.pages + pages
+
+
+def _sum(out: Tensor, lse: Tensor, other: Tensor, lse_other: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys as one: out [B, r, Hq, D], lse [B, Hq, r] each."""
+    both = torch.logaddexp(lse, lse_other)
+    safe = both.masked_fill(both == float("-inf"), 0.0)  # a row that sees nothing in either stays zero
+    mine, theirs = ((x - safe).exp().transpose(1, 2)[..., None] for x in (lse, lse_other))  # [B, r, Hq, 1]
+    return (out.to(mine.dtype) * mine + other.to(mine.dtype) * theirs).to(out.dtype), both
+
+
+def with_extra(extra: Virtual, q: Tensor, ctx: Ctx, out: Tensor, lse: Any) -> tuple[Tensor, Tensor]:
+    """out [B, T, Hq, D], lse [B, Hq, T] with the entries of `extra` attended besides, by every query."""
+    wide = lse.dtype
+    packs = q.to(wide).unflatten(1, (extra.k.shape[1], -1))  # [B, Hkv, G, T, D]
+    absent = (extra.logw == float("-inf"))[..., None]  # [B, Hkv, E, 1]
+    keys, values = (x.to(wide).masked_fill(absent, 0)[:, :, None] for x in (extra.k, extra.v))
+    logits = packs @ keys.transpose(-1, -2) * ctx.scaling  # [B, Hkv, G, T, E]
+    if ctx.softcap is not None:
+        logits = torch.tanh(logits / ctx.softcap) * ctx.softcap
+    logits = logits + extra.logw.to(wide).clamp(min=-1e30)[:, :, None, None]  # finite, so that gradients are
+    mass = logits.logsumexp(-1)  # [B, Hkv, G, T]
+    theirs = (logits.softmax(-1) @ values).flatten(1, 2).transpose(1, 2)  # [B, T, Hq, D]
+    return _sum(out, lse, theirs, mass.flatten(1, 2))
+
+
 class _Total:
     """The sum of terms: rows covered once are copied, rows covered again are merged in fp32."""
 
@@ -191,11 +235,7 @@ class _Total:
     def _merge(self, start: int, stop: int, out: Tensor, lse: Any) -> None:
         if lse is None:
             raise ConfigError("terms that share query rows need `merges = True` on the patch.")
-        old = self.lse[:, :, start:stop]
-        both = torch.logaddexp(old, lse)
-        safe = both.masked_fill(both == float("-inf"), 0.0)  # a row that sees nothing in either stays zero
-        mine, theirs = ((x - safe).exp().transpose(1, 2)[..., None] for x in (old, lse))  # [B, r, Hq, 1]
-        merged = (self.out[:, start:stop].float() * mine + out.float() * theirs).to(out.dtype)
+        merged, both = _sum(self.out[:, start:stop], self.lse[:, :, start:stop], out, lse)
         if (start, stop) == (0, self.q.shape[2]):
             self.out, self.lse = merged, both
         else:

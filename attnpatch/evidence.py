@@ -70,7 +70,7 @@ def prefill_peaks() -> dict[str, list[tuple[int, int, int]]]:
 def attention_peaks() -> dict[str, list[tuple[int, int]]]:
     """Sparse prefill -> (tokens, peak bytes of one layer's attention, its output included), B=1, Hq=32, D=128, bf16."""
     found: dict[str, list[tuple[int, int]]] = {}
-    for file in ("prefill", "prefill_128k"):
+    for file in ("prefill",):
         for row in load(file)["rows"]:
             for name, told in row["methods"].items():
                 if told.get("peak_bytes"):

@@ -250,7 +250,7 @@ def test_an_ask_names_what_is_allowed(wrong):
 def test_evidence_is_packaged_and_read():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert "evidence/*.json" in data["attnpatch.recipes"]
-    assert {"first_token", "engine", "prefill", "prefill_128k"} <= set(evidence.names())
+    assert {"first_token", "engine", "prefill"} <= set(evidence.names())
     with pytest.raises(ConfigError, match="evidence/nothing.json is not installed"):
         evidence.load("nothing")
 

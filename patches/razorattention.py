@@ -110,14 +110,12 @@ class RazorAttention(Patch):
 
     def _more(self, kv: KV, gone: Tensor) -> Virtual:
         """The compensation entry with the entries bool [B, Hkv, S] besides."""
-        sums = []
-        for x in (kv.k, kv.v):
-            total: Any = 0
-            for start in range(0, x.shape[2], _BLOCK):
-                part = slice(start, start + _BLOCK)
-                total = total + x[:, :, part].masked_fill(~gone[:, :, part, None], 0).float().sum(2)
-            sums.append(total)  # [B, Hkv, D]
-        return self._mean(kv, *sums, gone.sum(-1))
+
+        def total(x: Tensor) -> Tensor:  # [B, Hkv, S, D] -> fp32 [B, Hkv, D]
+            parts = zip(x.split(_BLOCK, 2), gone.split(_BLOCK, 2), strict=True)
+            return sum(part.masked_fill(~out[..., None], 0).float().sum(2) for part, out in parts)  # type: ignore[return-value]
+
+        return self._mean(kv, total(kv.k), total(kv.v), gone.sum(-1))
 
     def _one_more(self, kv: KV, slot: Tensor) -> Virtual:
         """The compensation entry with the entry in slot int64 [B, Hkv, 1] of each head besides; -1 = none."""
@@ -132,10 +130,12 @@ class RazorAttention(Patch):
 
         before = kv.state.get("merged")
         merged = count.float() if before is None else before + count  # exact up to 2^24 tokens
-        means = []
-        for x, old in ((k, None if kv.extra is None else kv.extra.k), (v, None if kv.extra is None else kv.extra.v)):
-            old = x.new_zeros(x.shape) if old is None else old[:, :, 0]
-            means.append((old + (x - count[..., None] * old) / merged[..., None].clamp(min=1))[:, :, None])
-        kv.state["merged"] = merged
+
+        def mean(x: Tensor, old: Tensor | None) -> Tensor:
+            known = x.new_zeros(x.shape) if old is None else old[:, :, 0]
+            return (known + (x - count[..., None] * known) / merged[..., None].clamp(min=1))[:, :, None]
+
+        kv.state["merged"], extra = merged, kv.extra
         logw = merged.log() if self.weighted else merged.log().clamp(max=0)  # -inf where nothing went
-        return Virtual(*means, logw[..., None])
+        old_k, old_v = (None, None) if extra is None else (extra.k, extra.v)
+        return Virtual(mean(k, old_k), mean(v, old_v), logw[..., None])

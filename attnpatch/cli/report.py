@@ -122,19 +122,17 @@ class Ask:
 
     def run(self, name: str, patches: list[Any], count: int, dtype: str | None, device: str | None) -> Trace:
         """Load the model and trace. Raises ConfigError for a model that knows no testbed needle."""
+        if self.text is None and name != c.TESTBED:
+            raise ConfigError(f"--trace with --model {name} needs a prompt; give --prompt-file (and --needle).")
         model, tokenizer = c.load_model(name, dtype, device)
         from attnpatch.reporting import tracing
 
         if self.text is not None:
             ids = c.encode(tokenizer, self.text, self.raw)
             return tracing.trace(
-                model, tokenizer, ids, patches, name=name, needle=self.needle or "", expected=self.expected or "",
-                max_new_tokens=count,
+                model, tokenizer, ids, patches, name=Path(name).name, needle=self.needle or "",
+                expected=self.expected or "", max_new_tokens=count,
             )  # fmt: skip
-        if name != c.TESTBED:
-            raise ConfigError(
-                f"--trace with --model {name} needs a prompt; give --prompt-file, and --needle TEXT in it."
-            )
         import torch
 
         from attnpatch.testbed import tasks

@@ -27,7 +27,8 @@ h3{font-size:1.1rem;margin:1.4em 0 .3em}
 .figures{display:flex;flex-wrap:wrap;gap:22px;align-items:flex-start}
 figure{margin:0 0 18px;max-width:100%}
 .figures>figure{background:var(--panel);border:1px solid var(--line);border-radius:6px;padding:12px 14px}
-figcaption{font-weight:600;margin-bottom:8px;max-width:540px;overflow-wrap:anywhere}
+figcaption{font-weight:600;margin-bottom:8px;overflow-wrap:anywhere}
+.figures>figure{min-width:260px}.figures figcaption,.figures details .wide,.figures .legend{contain:inline-size}
 .wide{overflow-x:auto;max-width:100%}.wide:focus-visible,.text:focus-visible{outline:2px solid var(--s0)}
 svg text{fill:var(--ink);font:12px system-ui,sans-serif}svg .axis{fill:var(--soft)}
 svg .rule{stroke:var(--line);fill:none}svg .blank{fill:var(--blank)}svg .mark{fill:var(--mark)}
@@ -36,7 +37,7 @@ svg .rule{stroke:var(--line);fill:none}svg .blank{fill:var(--blank)}svg .mark{fi
 .series .ring{fill:none;stroke:var(--ink);stroke-width:1.5}
 .s0{color:var(--s0)}.s1{color:var(--s1)}.s2{color:var(--s2)}.s3{color:var(--s3)}
 .s4{color:var(--s4)}.s5{color:var(--s5)}.s6{color:var(--s6)}.s7{color:var(--s7)}
-.legend{list-style:none;margin:6px 0 0;padding:0;display:flex;flex-wrap:wrap;gap:2px 16px;max-width:520px;
+.legend{list-style:none;margin:6px 0 0;padding:0;display:flex;flex-wrap:wrap;gap:2px 16px;
 font-size:.85rem}
 .legend .key{vertical-align:-2px;margin-right:6px}.scale{font-size:.85rem;margin:4px 0 0}.scale svg{margin:0 8px}
 table{border-collapse:collapse;font-size:.875rem;margin:8px 0}th,td{padding:3px 10px;border:1px solid var(--line);
@@ -70,6 +71,8 @@ document.addEventListener("DOMContentLoaded", () => {
     };
     menu.addEventListener("change", show);
     show();
+    const box = document.getElementById(menu.dataset.text), needle = box.querySelector(".n");
+    if (needle) box.scrollTop = needle.offsetTop - box.offsetTop - box.clientHeight / 2;
   }
   root.dataset.ready = String(document.querySelectorAll("svg.chart").length);
 });

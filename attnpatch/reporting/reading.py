@@ -68,7 +68,7 @@ def _take(body: dict[str, Any], path: Path, found: Records) -> str | None:
         _bench(body, found)
         return "benchmark"
     if isinstance(first, dict) and "accuracy" in first:
-        _quality(body, found)
+        _quality(body, path, found)
         return "answers"
     if isinstance(first, dict) and isinstance(first.get("times"), dict) and ("tokens" in first or "keys" in first):
         _times(body, path, found)
@@ -129,23 +129,23 @@ def _short(model: Any) -> str:
     return Path(str(model)).name or str(model)
 
 
-def _quality(body: dict[str, Any], found: Records) -> None:
+def _quality(body: dict[str, Any], path: Path, found: Records) -> None:
     """Exact answers of attnpatch.bench.quality: shares of 1; the budget asked for, or the share of pages attended."""
     for row in body["rows"]:
         keys = int(row.get("keys", 1))
-        group = f"{row['task']}, {int(row['tokens'])} tokens, {keys} key{'s' if keys > 1 else ''}"
+        group = f"{row['task']}, {int(row['tokens'])} tokens, {keys} key{'s' if keys > 1 else ''} ({path.stem})"
         method, label = str(row["method"]), str(row.get("label", row["method"]))
         score, low, high = (100 * number(row[k]) for k in ("accuracy", "low", "high"))
-        known = {"group": group, "score": score, "low": low, "high": high, "n": int(row["n"])}
         kept, attended = _asked(row, method), row.get("attended")
+        places: list[tuple[str, float | None, str]]
         if method == DENSE:
-            found.scores += [Score(run=DENSE, share=1.0, axis=axis, **known) for axis in ("asked", "attended")]
+            places = [(DENSE, 1.0, "asked"), (DENSE, 1.0, "attended")]
         elif kept is not None:
-            found.scores.append(Score(run=method, share=kept, axis="asked", **known))
-        elif attended is not None:
-            found.scores.append(Score(run=label, share=number(attended), axis="attended", **known))
+            places = [(method, kept, "asked")]
         else:
-            found.scores.append(Score(run=label, **known))
+            places = [(label, None if attended is None else number(attended), "attended")]
+        for run, share, axis in places:
+            found.scores.append(Score(group, run, score, low, high, int(row["n"]), share, axis))
 
 
 def _asked(row: dict[str, Any], method: str) -> float | None:
@@ -176,6 +176,8 @@ def _bench(body: dict[str, Any], found: Records) -> None:
 
 
 def _time(group: str, label: str, tokens: int, times: dict[str, Any]) -> Time:
+    if tokens < 1:
+        raise ValueError(f"{tokens} tokens")
     if "median" in times:
         return Time(group, label, tokens, *(number(times[k]) for k in ("median", "min", "max")))
     return Time(group, label, tokens, *(number(times[k]) for k in ("median_ms", "p10_ms", "p90_ms")))

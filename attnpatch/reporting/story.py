@@ -12,6 +12,7 @@ from attnpatch.reporting.trace import Trace, verdict
 BINS = 160  # columns of the strip
 MOST = 20_000  # tokens whose text is shown; of longer prompts, what lies around the needle and at both ends
 AROUND = 2000
+WORDS = 40  # tokens of the needle shown one by one
 
 
 def section(trace: Trace, ids: charts.Ids) -> str:
@@ -28,8 +29,10 @@ def section(trace: Trace, ids: charts.Ids) -> str:
         f"<h3>{escape(title)}</h3>", f'<p class="fine">{escape(settings)}</p>',
         charts.table(("model", "answer"), answers), f'<div class="verdict">{said}</div>',
     ]  # fmt: skip
-    if any(layer.kept for layer in trace.layers):
-        parts += [_strip(trace, ids), *charts.grids(list(grids(trace)), ids), _layers(trace), _text(trace, ids)]
+    maps = [*charts.grids(list(grids(trace)), ids), *_words(trace, ids)]
+    parts += [_strip(trace, ids)] if trace.evicts else []
+    parts += [f'<div class="figures">{"".join(maps)}</div>'] if maps else []
+    parts += [_layers(trace), *([_text(trace, ids)] if trace.evicts else [])]
     return f'<article class="trace">{"".join(parts)}</article>'
 
 
@@ -39,12 +42,12 @@ def grids(trace: Trace) -> Iterator[Grid]:
     if any(x.density for x in trace.layers):
         rows = tuple(tuple(x.density or ()) for x in trace.layers)
         yield Grid(trace.name, "share of causal pages attended in prefill", rows, layers)
-    if any(n < count for x in trace.layers for n in x.heads):
+    if len({n for x in trace.layers for n in x.heads}) > 1:
         rows = tuple(tuple(n / count for n in x.heads) for x in trace.layers)
         yield Grid(trace.name, "share of the prompt kept, by KV head", rows, layers)
-        if trace.needle:
-            rows = tuple(tuple(n / trace.needle_tokens for n in x.needle) for x in trace.layers)
-            yield Grid(trace.name, "share of the needle kept, by KV head", rows, layers)
+    if trace.needle and any(n < trace.needle_tokens for x in trace.layers for n in x.needle):
+        rows = tuple(tuple(n / trace.needle_tokens for n in x.needle) for x in trace.layers)
+        yield Grid(trace.name, "share of the needle kept, by KV head", rows, layers)
 
 
 def _strip(trace: Trace, ids: charts.Ids) -> str:
@@ -67,6 +70,28 @@ def _strip(trace: Trace, ids: charts.Ids) -> str:
     caption = "Where each layer kept tokens" + ("; the bar above marks the needle" if marks else "")
     body = heat.draw(caption, "Share of KV heads that hold the tokens of a stretch of the prompt.", ids.new())
     return charts.figure(caption, body + svg.scale("share of heads", "none", "all"))
+
+
+def _words(trace: Trace, ids: charts.Ids) -> Iterator[str]:
+    """Of the needle's first occurrence, the share of heads in each layer that kept each token."""
+    if not trace.needle or not trace.evicts:
+        return
+    start, end = trace.needle[0]
+    end = min(end, start + WORDS)
+    heat = svg.Heat(
+        [[int(c) / 9 for c in x.kept[start:end]] or [None] * (end - start) for x in trace.layers],
+        [str(x.index) for x in trace.layers], [_word(t) for t in trace.tokens[start:end]],
+        "tokens of the needle", "layer", cell=(54, 18), whole=True,
+    )  # fmt: skip
+    caption = "The needle, token by token: share of KV heads that keep it"
+    body = heat.draw(caption, "".join(trace.tokens[start:end]), ids.new())
+    yield charts.figure(caption, body + svg.scale("share of heads", "none", "all"))
+
+
+def _word(token: str) -> str:
+    """A token as the heading of a narrow column."""
+    word = token.strip() or "_"
+    return word if len(word) <= 8 else f"{word[:7]}…"
 
 
 def _layers(trace: Trace) -> str:

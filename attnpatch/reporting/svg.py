@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -52,6 +52,7 @@ class Heat:
     labels: bool = False
     cell: tuple[float, float] = (30, 22)
     marks: Sequence[tuple[float, float]] = ()  # [start, end) in columns, drawn above
+    whole: bool = False  # every cell is its own and every column is named
 
     def draw(self, title: str, desc: str, name: str) -> str:
         """The whole SVG; cells of equal value side by side become one rectangle."""
@@ -65,7 +66,7 @@ class Heat:
             parts += self._row(i, row, left, top)
         every = max(1, math.ceil(len(self.rows) * 13 / max(1.0, bottom - top)))
         parts += [text(left - 6, top + h * (i + 0.5) + 4, r, "end") for i, r in enumerate(self.rows) if i % every == 0]
-        gap = max(1, math.ceil(max((7 * len(c) + 8 for c in self.columns), default=1) / w))
+        gap = 1 if self.whole else max(1, math.ceil(max((7 * len(c) + 8 for c in self.columns), default=1) / w))
         parts += [text(left + w * (j + 0.5), bottom + 15, c) for j, c in enumerate(self.columns) if j % gap == 0]
         parts += [text((left + right) / 2, bottom + 33, self.x, kind="axis"),
                   text(13, (top + bottom) / 2, self.y, kind="axis", turn=True)]  # fmt: skip
@@ -76,7 +77,7 @@ class Heat:
         parts, j = [], 0
         while j < len(row):
             value, end = row[j], j + 1
-            while not self.labels and end < len(row) and row[end] == value:
+            while not (self.labels or self.whole) and end < len(row) and row[end] == value:
                 end += 1
             box = f'x="{left + j * w:.1f}" y="{top + i * h:.1f}" width="{(end - j) * w:.1f}" height="{h:.1f}"'
             where = self.columns[j] if end == j + 1 else f"{self.columns[j]} to {self.columns[end - 1]}"
@@ -109,7 +110,7 @@ Point = tuple[float, float, float, float]  # x, y, least, most
 class Lines:
     """Series of points, joined in the order of x. log_x, log_y: logarithmic axes. ring: points to be ringed."""
 
-    series: dict[str, Sequence[Point]]
+    series: Mapping[str, Sequence[Point]]
     x: str
     y: str
     x_text: Callable[[float], str]

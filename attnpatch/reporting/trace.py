@@ -32,6 +32,19 @@ class Layer:
     best: int | None = None
     worst: int | None = None
 
+    def check(self, count: int, needle: bool) -> None:
+        """Raise ValueError where the layer does not fit a prompt of `count` tokens."""
+        name = f"layer {self.index}"
+        if self.kept and (len(self.kept) != count or set(self.kept) - set("0123456789")):
+            raise ValueError(f"{name} does not say of each of the {count} tokens whether it was kept")
+        if bool(self.kept) != bool(self.heads) or (needle and len(self.needle) != len(self.heads)):
+            raise ValueError(f"{name} does not say what each head holds")
+        figures = [*self.heads, *self.needle, *(self.density or ()), self.look, self.best, self.worst]
+        if not all(isinstance(x, (int, float)) or x is None for x in figures):
+            raise ValueError(f"{name} holds figures that are no numbers")
+        if not isinstance(self.reason, str) or not isinstance(self.note, str):
+            raise ValueError(f"{name} has a note that is no text")
+
 
 @dataclass
 class Trace:
@@ -53,6 +66,11 @@ class Trace:
         return "+".join(self.patches)
 
     @property
+    def evicts(self) -> bool:
+        """Whether some head let go of a token."""
+        return any(n < len(self.tokens) for layer in self.layers for n in layer.heads)
+
+    @property
     def needle_tokens(self) -> int:
         return sum(b - a for a, b in self.needle)
 
@@ -69,14 +87,21 @@ class Trace:
         layers = [Layer(**row) for row in body["layers"]]
         spans = [(int(a), int(b)) for a, b in body["needle"]]
         made = cls(layers=layers, needle=spans, **{k: body[k] for k in known})
-        count = len(made.tokens)
-        if any(layer.kept and (len(layer.kept) != count or not layer.kept.isdecimal()) for layer in layers):
-            raise ValueError(f"a layer does not say of each of the {count} tokens whether it was kept")
-        if any(not 0 <= a < b <= count for a, b in spans) or not all(isinstance(t, str) for t in made.tokens):
-            raise ValueError("the needle lies outside the prompt, or a token is no text")
-        if not layers or not count:
-            raise ValueError("there are no layers or no tokens")
+        made.check()
         return made
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError where the parts do not fit together."""
+        count = len(self.tokens)
+        if not self.layers or not count:
+            raise ValueError("there are no layers or no tokens")
+        texts = [self.model, self.dense, self.patched, self.expected, self.note, *self.tokens, *self.patches]
+        if not all(isinstance(t, str) for t in texts) or not all(isinstance(v, dict) for v in self.patches.values()):
+            raise ValueError("a token or an answer is no text")
+        if any(not 0 <= a < b <= count for a, b in self.needle):
+            raise ValueError("the needle lies outside the prompt")
+        for layer in self.layers:
+            layer.check(count, bool(self.needle))
 
 
 def verdict(trace: Trace) -> list[str]:
@@ -86,6 +111,9 @@ def verdict(trace: Trace) -> list[str]:
         return ["No layer was patched: every layer ran dense."]
     count = len(trace.tokens)
     said = [_kept(seen, count)]
+    shares = [share for layer in trace.layers for share in layer.density or ()]
+    if shares:
+        said.append(f"Prefill attended {sum(shares) / len(shares):.1%} of the causal pages on average.")
     if trace.needle:
         said += _needle(trace, seen)
     if trace.note:
@@ -95,7 +123,7 @@ def verdict(trace: Trace) -> list[str]:
 
 def _kept(seen: list[Layer], count: int) -> str:
     heads = [n for layer in seen for n in layer.heads]
-    if min(heads) >= count:
+    if min(heads) >= count:  # as `Trace.evicts` says
         return f"Nothing was evicted: every layer holds all {count} tokens after the prompt."
     low, high = min(heads), max(heads)
     held = f"{low}" if low == high else f"{low} to {high}"
@@ -159,7 +187,13 @@ def _why(trace: Trace, seen: list[Layer], size: int) -> list[str]:
             f"In {len(blind)} of {len(told)} layers ({_list(blind)}) no head ranks even one token of the needle among "
             "as many as it may hold."
         )
-    if clear:
+    if not clear:
+        near = min(told, key=lambda layer: layer.worst or 0)
+        said.append(
+            f"In no layer does a head rank all of it so high: its weakest token has rank {near.worst} at best (layer "
+            f"{near.index}), and {max(near.heads)} tokens are held."
+        )
+    else:
         said.append(
             f"In {len(clear)} of {len(told)} layers ({_list(clear)}) some head ranks all of it among as many as it may "
             "hold."

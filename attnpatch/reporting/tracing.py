@@ -72,6 +72,8 @@ def trace(
             f"{own[0]} puts a prompt of its own in the place of this one, so there is nothing to trace; take a method "
             "that evicts or selects (attnpatch list)."
         )
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
+        raise InputError(f"ids {tuple(ids.shape)} are not one prompt; give ids [1, N] of at least 2 tokens.")
     ids = ids.cpu()
     tokens = pieces(tokenizer, ids[0].tolist())
     found = [(int(a), int(b)) for a, b in spans] or (find(tokens, needle) if needle else [])
@@ -93,7 +95,8 @@ def answer(model: Any, tokenizer: Any, ids: Tensor, patches: list[Any], count: i
     from attnpatch.engine.compat import greedy_options, input_device
     from attnpatch.report import status
 
-    ids, states = ids.to(input_device(model)), []
+    ids = ids.to(input_device(model))
+    states: list[Any] = []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def note(*_: Any) -> None:

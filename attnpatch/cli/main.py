@@ -24,6 +24,7 @@ from attnpatch.cli import (
     plan,
     profile,
     recipe,
+    report,
     verify,
 )
 from attnpatch.errors import AttnPatchError
@@ -67,6 +68,7 @@ app.command("lm-eval", context_settings=harness.CONTEXT, add_help_option=True)(h
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 app.command("profile")(profile.profile)
+app.command("report")(report.report)
 app.add_typer(recipe.app, name="recipe")
 
 

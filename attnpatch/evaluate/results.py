@@ -182,11 +182,31 @@ def _line(label: str, task: str, samples: list[Sample], rows: dict[Key, dict[str
     if label != DENSE and both:
         pairs = [(_mean(r["scores"]), _mean(d["scores"])) for r, d in both]
         line["over_dense"] = stats.paired([a for a, _ in pairs], [b for _, b in pairs], seed).as_dict()
+    if found := by_depth([(s, rows[label, task, s.id]) for s in samples if (label, task, s.id) in rows]):
+        line["depths"] = found
     if cut := sum(bool(r["cut"]) for r in done):
         line["truncated"] = cut
     if notes := sorted({r["note"] for r in done if r["note"]}):
         line["notes"] = notes
     return line
+
+
+def by_depth(pairs: Sequence[tuple[Sample, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean score by prompt length and tenth of the depth of the one needle; samples that tell no depth are left out.
+
+    tokens: as asked for, or else of the prompt. depth: the middle of the tenth (0 start, 1 end of the context).
+    """
+    found: dict[tuple[int, int], list[float]] = {}
+    for sample, row in pairs:
+        places = sample.meta.get("depths", ())
+        depth = sample.meta.get("depth", places[0] if len(places) == 1 else None)
+        if isinstance(depth, (int, float)) and "failed" not in row:
+            key = int(sample.meta.get("tokens", row["tokens"])), min(9, int(10 * depth))
+            found.setdefault(key, []).append(_mean(row["scores"]))
+    return [
+        {"tokens": tokens, "depth": round(tenth / 10 + 0.05, 2), "n": len(scores), "score": _mean(scores)}
+        for (tokens, tenth), scores in sorted(found.items())
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -29,11 +29,12 @@ def case(task: str, name: str, tokenizer: Any, tokens: int, seed: int, text: str
     try:
         if task == "testbed:turns":
             talk = tasks.turns(tokens, questions=4, keys=16, seed=seed, text=text, tokenizer=tokenizer)
-            context, turns, longest = talk.context, talk.turns, 16
+            context, turns, longest, meta = talk.context, talk.turns, 16, {}
         else:
             kind, keys = KINDS[task]
             made = tasks.make(kind, tokens, keys=keys, seed=seed, text=text, tokenizer=tokenizer)
             context, turns, longest = made.context, ((made.question, made.answer_text),), len(made.answer_ids)
+            meta = {} if kind == "vt" else {"depth": round(made.depth, 4)}
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{task} with tokens={tokens}: {error}.") from error
     return Sample(
@@ -45,4 +46,5 @@ def case(task: str, name: str, tokenizer: Any, tokens: int, seed: int, text: str
         metric="exact_match",
         max_new_tokens=longest,
         template="{context}{question}",
+        meta=meta,
     )

@@ -152,7 +152,7 @@ def test_a_bench_gives_times_of_both_phases(tmp_path):
 @pytest.mark.parametrize(
     ("name", "what"),
     [("quality", "scores"), ("quality_sparse", "scores"), ("quality_decode", "scores"), ("first_token", "times"),
-     ("prefill", "times"), ("prefill_128k", "times"), ("decode", "times"), ("reweight", "times")],
+     ("prefill", "times"), ("decode", "times"), ("reweight", "times"), ("leaderboard", "scores")],
 )  # fmt: skip
 def test_evidence_is_read(name, what):
     found = reading.read([EVIDENCE / f"{name}.json"])

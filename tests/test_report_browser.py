@@ -1,4 +1,4 @@
-"""The page of attnpatch report in a headless browser: charts drawn, no errors, no foreign script, the menu of layers."""
+"""The page of attnpatch report in a headless browser: charts drawn, no errors, no foreign script, layers chosen."""
 
 from __future__ import annotations
 

@@ -190,9 +190,9 @@ def _why(trace: Trace, seen: list[Layer], size: int) -> list[str]:
     if not clear:
         near = min(told, key=lambda layer: layer.worst or 0)
         said.append(
-            f"In no layer does a head rank each of its tokens so high: the weakest has rank {near.worst} at best (layer "
-            f"{near.index}), and {max(near.heads)} tokens are held there. A method that pools votes over neighbours may "
-            "still keep it whole."
+            f"In no layer does a head rank all its tokens so high: the weakest has rank {near.worst} at best (layer "
+            f"{near.index}), and {max(near.heads)} tokens are held there. A method that pools votes over neighbours "
+            "may still keep it whole."
         )
     else:
         said.append(

@@ -1,4 +1,4 @@
-"""Evicting methods that need no profile, at one budget, on the same needles: exact answers with Wilson intervals, time."""
+"""Evicting methods that need no profile at one budget, on the same needles: right answers, Wilson intervals, time."""
 
 import argparse
 import time

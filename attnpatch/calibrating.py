@@ -104,7 +104,7 @@ def calibrate(
     The model must be un-patched and is left so. Raises ConfigError (unknown patch, setting or search, a folder begun
     with other settings), InputError (samples that do not fit, with their line), PatchStateError.
     """
-    from attnpatch.engine.compat import check_versions
+    from attnpatch.engine.compat import check_versions, pad_id
     from attnpatch.engine.families import unwrap
     from attnpatch.profile import Profile, structure
 
@@ -125,7 +125,7 @@ def calibrate(
         "drawn": sum(map(len, parts.values())), "seed": seed, "chat": chat, "model": structure(base.config),
         "dtype": str(base.dtype).removeprefix("torch."), "settings": asdict(searcher), **fingerprint(base, parts),
     }  # fmt: skip
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad = pad_id(tokenizer) or 0
     log = Log(Path(out), about)
     try:
         trials = Trials(base, parts, metric, log, batch_tokens, pad, callback)

@@ -21,10 +21,11 @@ _REGISTRY: dict[str, type[Patch]] = {}
 
 
 def option(
-    default: Any, help: str, choices: Sequence[Any] | None = None, low: float | None = None, high: float | None = None
-) -> Any:
-    """A hyperparameter of a patch: default, one line of help, allowed values or bounds."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+    default: Any, help: str, choices: Sequence[Any] | None = None, low: float | None = None, high: float | None = None,
+    odd: bool = False,
+) -> Any:  # fmt: skip
+    """A hyperparameter of a patch: default, one line of help, allowed values or bounds; odd: an odd pooling width."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high, "odd": odd})
 
 
 @dataclass
@@ -187,6 +188,8 @@ def _check_field(patch: str, f: Field, value: Any) -> None:
     high = f.metadata.get("high")
     if high is not None and value is not None and not value <= high:
         raise ConfigError(f"{patch}: {f.name}={value!r} is too large; it must be at most {high}.")
+    if f.metadata.get("odd") and value % 2 == 0:
+        raise ConfigError(f"{patch}: {f.name}={value!r} is even; pooling needs an odd width.")
 
 
 def register(name: str) -> Callable[[P], P]:

@@ -61,8 +61,8 @@ class Profile:
         return target
 
     @classmethod
-    def load(cls, folder: str | Path, kind: str) -> Profile:
-        """Read a profile of `kind`. Raises ConfigError: no profile there, damaged, of another kind or version."""
+    def load(cls, folder: str | Path, *kinds: str) -> Profile:
+        """Read a profile of one of `kinds`. ConfigError: no profile there, damaged, of another kind or version."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -83,8 +83,9 @@ class Profile:
             raise ConfigError(
                 f"profile {str(source)!r} has version {version}, this release reads {VERSION}; make it again."
             )
-        if found != kind:
-            raise ConfigError(f"profile {str(source)!r} is of kind {found!r}, but {kind!r} is needed; name another.")
+        if found not in kinds:
+            wanted = " or ".join(map(repr, kinds))
+            raise ConfigError(f"profile {str(source)!r} is of kind {found!r}, but {wanted} is needed; name another.")
         return cls(found, tensors, model, about)
 
     def check(self, config: Any) -> None:

@@ -116,7 +116,7 @@ def retrieve(
 def _answer(handle: Any, method: Any, tokenizer: Any, blocks: Iterator[str], question: str, report: Any) -> Retrieval:
     import torch
 
-    from attnpatch.engine.compat import greedy_options, input_device
+    from attnpatch.engine.compat import greedy_options, input_device, pad_id
 
     model, seen = handle.model, [0, 0]
 
@@ -140,7 +140,7 @@ def _answer(handle: Any, method: Any, tokenizer: Any, blocks: Iterator[str], que
         warm = method.temperature > 0
         sampling = {"do_sample": True, "temperature": method.temperature} if warm else greedy_options(model)
         single = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad = pad_id(tokenizer)
         with torch.no_grad():
             out = handle.generate(fed, attention_mask=torch.ones_like(fed), max_new_tokens=method.max_new_tokens,
                                   pad_token_id=pad, **{**single, **sampling})  # fmt: skip

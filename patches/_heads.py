@@ -26,7 +26,7 @@ def load(name: str, profile: Any, config: Any, kinds: tuple[str, ...]) -> Profil
     from attnpatch.profile import Profile
 
     if isinstance(profile, (str, PathLike)):
-        found = _load_any(profile, kinds)
+        found = Profile.load(profile, *kinds)
     elif isinstance(profile, Profile):
         found = profile
     else:
@@ -38,19 +38,6 @@ def load(name: str, profile: Any, config: Any, kinds: tuple[str, ...]) -> Profil
         )
     found.check(config)
     return found
-
-
-def _load_any(folder: Any, kinds: tuple[str, ...]) -> Profile:
-    """The profile in a folder, of whichever of the kinds it is."""
-    import json
-
-    from attnpatch.profile import Profile
-
-    try:
-        kind = json.loads((Path(folder) / "profile.json").read_text(encoding="utf-8"))["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
-        kind = kinds[0]  # Profile.load says what is wrong
-    return Profile.load(folder, kind if kind in kinds else kinds[0])
 
 
 def table(name: str, found: Profile, tensor: str, config: Any, by: str = "kv_heads") -> Tensor:

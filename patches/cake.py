@@ -168,12 +168,11 @@ class CAKE(EvictPatch):
 
         from attnpatch.executors import column_sums, window_stats
 
-        if ctx.tail is None or ctx.tail_pos is None:
-            raise ConfigError("window scoring needs the last prompt queries; pass tail=[B, Hq, w, D].")
+        tail, tail_pos = ctx.last_queries()
         mean, variance, entropy = window_stats.run(
-            ctx.tail, kv, q_pos=ctx.tail_pos, scaling=ctx.scaling, softcap=ctx.softcap
+            tail, kv, q_pos=tail_pos, scaling=ctx.scaling, softcap=ctx.softcap
         )  # [B, Hq, S]
-        voters = (ctx.tail_pos >= 0).sum(-1)[:, None, None]
+        voters = (tail_pos >= 0).sum(-1)[:, None, None]
         outside = (kv.pos > kv.pos.amax(-1, keepdim=True) - voters) | (kv.pos < 0)  # [B, 1|Hkv, S]
         if outside.shape[1] > 1:
             outside = outside.repeat_interleave(mean.shape[1] // outside.shape[1], dim=1)

@@ -64,7 +64,7 @@ class CompressKV(EvictPatch):
     )
     first_k: int = option(4, "semantic retrieval heads of a layer that vote", low=1)
     window_size: int = option(8, "last prompt queries that vote; their entries are always kept", low=1)
-    kernel_size: int = option(5, "pooling width over neighbouring votes, odd", low=1)
+    kernel_size: int = option(5, "pooling width over neighbouring votes, odd", low=1, odd=True)
     pooling: str = option("avgpool", "pooling of the votes", choices=("maxpool", "avgpool"))
     min_budget: int = option(32, "layer_scores: fewest entries of a layer", low=1)
     max_factor: float = option(3.0, "layer_scores: most entries of a layer, in mean budgets", low=1)
@@ -79,8 +79,6 @@ class CompressKV(EvictPatch):
         self._order: Any = None  # [layer of the model] -> query heads, best first; None where not measured
         self._shares: Any = self.layer_scores  # [layer of the model] -> error
         self._full: Any = None  # layers of the model that have a share
-        if self.kernel_size % 2 == 0:
-            raise ConfigError(f"{self.name}: kernel_size={self.kernel_size} is even; pooling needs an odd width.")
         least = self.min_budget if self.layer_scores is not None else self.window_size + 1
         if self.layer_scores is not None and self.min_budget <= self.window_size:
             raise ConfigError(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.budget import Budget
-from attnpatch.errors import ConfigError
 from attnpatch.patch import Patch, option, register
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class RefreshKV(Patch):
     schedule: str = option("qc", "full steps by a query comparison, or at a fixed stride", choices=("qc", "fixed"))
     stride: int = option(5, "every how manieth decode step compares queries (qc) or is full (fixed)", low=1)
     threshold: float = option(0.85, "qc: cosine of queries up to which a step is full; differs by model family")
-    kernel_size: int = option(7, "pooling width over neighbouring scores, odd; 1 = none", low=1)
+    kernel_size: int = option(7, "pooling width over neighbouring scores, odd; 1 = none", low=1, odd=True)
     gqa: str = option("group_max", "scores of a KV head from its query heads", choices=("group_max", "group_mean"))
     force_self: bool = option(True, "list the newest key whatever its score; its own column is not pooled")
 
@@ -52,8 +51,6 @@ class RefreshKV(Patch):
     def __post_init__(self) -> None:
         self.budget = Budget.parse(self.budget)
         super().__post_init__()
-        if self.kernel_size % 2 == 0:
-            raise ConfigError(f"recycled: kernel_size={self.kernel_size} is even; pooling needs an odd width.")
 
     @property
     def needs_rope(self) -> bool:

@@ -25,12 +25,11 @@ def window_votes(kv: KV, ctx: Ctx, kernel_size: int, pooling: str, gqa: str) -> 
 
     from attnpatch.executors import column_sums
 
-    if ctx.tail is None or ctx.tail_pos is None:
-        raise ConfigError("window scoring needs the last prompt queries; pass tail=[B, Hq, w, D].")
+    tail, tail_pos = ctx.last_queries()
     votes = column_sums.run(
-        ctx.tail, kv, q_pos=ctx.tail_pos, scaling=ctx.scaling, softcap=ctx.softcap, newest=not ctx.ragged
+        tail, kv, q_pos=tail_pos, scaling=ctx.scaling, softcap=ctx.softcap, newest=not ctx.ragged
     )  # [B, Hq, S]
-    voters = (ctx.tail_pos >= 0).sum(-1)[:, None, None]  # of each row
+    voters = (tail_pos >= 0).sum(-1)[:, None, None]  # of each row
     window = (kv.pos > kv.pos.amax(-1, keepdim=True) - voters) & (kv.pos >= 0)  # [B, 1|Hkv, S]
     group = votes.shape[1] // kv.k.shape[1]
     outside = (window | (kv.pos < 0)).repeat_interleave(group if kv.pos.shape[1] > 1 else 1, dim=1)
@@ -56,7 +55,7 @@ class SnapKV(EvictPatch):
 
     budget: Any = option("2048", "KV entries kept per head, window included: tokens, ratio of the prompt, or bytes")
     window_size: int = option(32, "last prompt queries that vote; their entries are always kept", low=1)
-    kernel_size: int = option(7, "pooling width over neighbouring votes, odd", low=1)
+    kernel_size: int = option(7, "pooling width over neighbouring votes, odd", low=1, odd=True)
     pooling: str = option("maxpool", "pooling of the votes", choices=("maxpool", "avgpool"))
     gqa: str = option("group_mean", "reduction over the query heads of a KV head", choices=("group_mean", "group_max"))
 
@@ -66,8 +65,6 @@ class SnapKV(EvictPatch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernel_size % 2 == 0:
-            raise ConfigError(f"{self.name}: kernel_size={self.kernel_size} is even; pooling needs an odd width.")
         if self.budget.kind == "tokens" and self.budget.value <= self.window_size:
             raise ConfigError(
                 f"{self.name}: budget {self.budget} must exceed window_size {self.window_size}; change one of them."

@@ -35,7 +35,7 @@ class TaskKV(EvictPatch):
     beta: float = option(0.25, "share of KV heads that keep everything in the first layer, 0 to 1", low=0)
     last_full: int = option(4, "KV heads that keep everything in the last layer, if it has so many", low=0)
     window_size: int = option(32, "last prompt queries that score", low=1)
-    kernel_size: int = option(7, "pooling width over neighbouring scores, odd", low=1)
+    kernel_size: int = option(7, "pooling width over neighbouring scores, odd", low=1, odd=True)
     semantic_k: int = option(256, "tokens of the semantic vector", low=1)
     sink: int = option(16, "first real tokens that every head keeps", low=0)
     recent: int = option(256, "last tokens that every head keeps", low=1)
@@ -48,8 +48,6 @@ class TaskKV(EvictPatch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernel_size % 2 == 0:
-            raise ConfigError(f"{self.name}: kernel_size={self.kernel_size} is even; pooling needs an odd width.")
         if self.beta > 1:
             raise ConfigError(f"{self.name}: beta={self.beta} must lie in 0..1, a share of the KV heads.")
 
@@ -94,12 +92,11 @@ class TaskKV(EvictPatch):
 
         from attnpatch.executors import column_sums
 
-        if ctx.tail is None or ctx.tail_pos is None:
-            raise ConfigError("window scoring needs the last prompt queries; pass tail=[B, Hq, w, D].")
+        tail, tail_pos = ctx.last_queries()
         votes = column_sums.run(
-            ctx.tail, kv, q_pos=ctx.tail_pos, scaling=ctx.scaling, softcap=ctx.softcap, newest=not ctx.ragged
+            tail, kv, q_pos=tail_pos, scaling=ctx.scaling, softcap=ctx.softcap, newest=not ctx.ragged
         )  # [B, Hq, S]
-        voters = (ctx.tail_pos >= 0).sum(-1)[:, None, None]
+        voters = (tail_pos >= 0).sum(-1)[:, None, None]
         heads = kv.k.shape[1]
         mean = column_sums.group_mean(votes, heads) / voters
         mean = mean.masked_fill(kv.pos.expand(-1, heads, -1) < 0, 0.0)

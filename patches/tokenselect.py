@@ -42,7 +42,7 @@ class TokenSelect(Patch):
         0.9, "cosine of queries from which tokens are taken again; above 1 = never", low=-1.01, high=1.01
     )
     selection: str = option("soft_vote", "how heads agree", choices=("soft_vote", "head_vote", "logit_sum"))
-    pool_kernel: int = option(1, "max-pooling width over neighbouring votes, odd; 1 = none", low=1)
+    pool_kernel: int = option(1, "max-pooling width over neighbouring votes, odd; 1 = none", low=1, odd=True)
     positions: str = option(
         "compact", "attended tokens are re-numbered side by side, or stay where they are", choices=("compact", "true")
     )
@@ -57,8 +57,6 @@ class TokenSelect(Patch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool_kernel % 2 == 0:
-            raise ConfigError(f"tokenselect: pool_kernel={self.pool_kernel} is even; pooling needs an odd width.")
         if not (self.prefill or self.decode):
             raise ConfigError("tokenselect: prefill and decode are both False; set one of them to True.")
 

@@ -7,6 +7,7 @@ import torch
 from oracle import CONFIGS, tiny
 
 import attnpatch
+from attnpatch.engine.compat import out_of_memory
 from attnpatch.evaluate import feeding
 
 ROWS = [(23, 3), (41, 5), (30, 1)]  # tokens of context and question
@@ -48,9 +49,9 @@ def test_models_with_windows():
 
 
 def test_out_of_memory_is_told_from_other_errors():
-    assert feeding.is_oom(torch.OutOfMemoryError()) and feeding.is_oom(MemoryError())
-    assert feeding.is_oom(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"))
-    assert not feeding.is_oom(RuntimeError("shapes"))
+    assert out_of_memory(torch.OutOfMemoryError()) and out_of_memory(MemoryError())
+    assert out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"))
+    assert not out_of_memory(RuntimeError("shapes"))
 
 
 def test_what_memory_ran_out_for_is_not_called_uncopyable():

@@ -82,7 +82,7 @@ def check(backend, q, kv, selection, ctx):
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     """(backend, device), the choice being open to any device."""
-    monkeypatch.setattr(gather_decode, "_not_triton", lambda call: None)
+    monkeypatch.setattr(gather_decode, "no_cuda_lists", lambda call: None)
     return request.param
 
 

@@ -15,6 +15,7 @@ from attnpatch.errors import ConfigError
 from attnpatch.patch import Patch
 from attnpatch.recipe import load_recipe
 from attnpatch.testbed import tasks
+from attnpatch.testbed.score import wilson
 
 WINDOWS = {"snapkv": 32, "pyramidkv": 8, "random": 32, "adakv": 32, "cake": 32}  # the methods' own window_size
 
@@ -77,16 +78,6 @@ class Tally:
 
     seconds: dict[Method, float] = field(default_factory=lambda: defaultdict(float))
     attended: dict[Method, list[float]] = field(default_factory=lambda: defaultdict(list))
-
-
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % Wilson interval of hits / n."""
-    if n == 0:
-        return 0.0, 1.0
-    p = hits / n
-    middle, scale = p + z * z / (2 * n), 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def paired(method: list[bool], dense: list[bool], z: float = 1.96) -> tuple[float, float, float]:

@@ -9,8 +9,6 @@ between two full ones, searches or checks. `--quick` is a dry run whose figures 
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.api import resolve
-from attnpatch.bench.measure import Clock, environment, parser, per_layer
+from attnpatch.bench.measure import Clock, environment, parser, per_layer, sweep
 from attnpatch.bench.prefill import structured
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
@@ -226,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     gpu = device.type == "cuda"
     if not gpu and not args.quick:
         arguments.error("the full run needs a GPU; on a CPU use --quick.")
-    clock, started = Clock(device, args.seconds), time.monotonic()
+    clock = Clock(device, args.seconds)
     heads = (4, 2, 32) if args.quick else (32, 8, 128)
     dtype = torch.bfloat16 if gpu else torch.float32
     body: dict[str, Any] = {
@@ -235,14 +233,11 @@ def main(argv: list[str] | None = None) -> None:
         "rotation": "the matrix that turns a query back is made once a step for all layers; its making is not timed",
         "quick": args.quick,
         "dtype": str(dtype).removeprefix("torch."),
-        "rows": [],
     }
-    for length in args.lengths or (QUICK if args.quick else FULL):
-        own = layers(length, heads, 2 if args.quick else args.layers, device, dtype)
-        body["rows"].append(row(own, 2 if args.quick else args.repeats, clock, args.quick))
-        body["seconds"] = round(time.monotonic() - started, 2)
-        args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-        print(length, json.dumps(body["rows"][-1]["over_dense"]), flush=True)
+    lengths, repeats = args.lengths or (QUICK if args.quick else FULL), 2 if args.quick else args.repeats
+    count = 2 if args.quick else args.layers
+    made = (layers(length, heads, count, device, dtype) for length in lengths)
+    sweep(args.out, body, (row(own, repeats, clock, args.quick) for own in made))
 
 
 if __name__ == "__main__":

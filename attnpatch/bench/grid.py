@@ -21,7 +21,7 @@ import torch
 from attnpatch import breakeven
 from attnpatch.api import patched
 from attnpatch.bench.ledger import Ledger, Peak, ledger
-from attnpatch.engine.compat import greedy_options, input_device, output_cache
+from attnpatch.engine.compat import greedy_options, input_device, out_of_memory, output_cache
 from attnpatch.errors import AttnPatchError, ConfigError
 from attnpatch.patch import Patch
 
@@ -134,13 +134,6 @@ def _told(model: Any) -> tuple[list[str], list[str]]:
     notes = [report.note, *(layer.note for layer in report.layers)]
     backends = [f"dense by {report.backend}", *(layer.backend for layer in report.layers)]
     return [list(dict.fromkeys(x for x in texts if x)) for texts in (notes, backends)]  # type: ignore[return-value]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the host, has no memory left."""
-    text = str(error).lower()
-    told = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
-    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def attempt(run: Callable[[], Run]) -> tuple[Run | None, dict[str, str]]:

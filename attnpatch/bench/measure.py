@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -141,6 +142,18 @@ def per_layer(
     for one in times.values():
         one |= {key: one[key] / count for key in ("median_ms", "p10_ms", "p90_ms")}
     return times, clocks, errors
+
+
+def sweep(out: Path, body: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
+    """Measure row after row into body["rows"] and write the JSON after each."""
+    started = time.monotonic()
+    body["rows"] = []
+    for row in rows:
+        body["rows"].append(row)
+        body["seconds"] = round(time.monotonic() - started, 2)
+        out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        errors = row.get("errors") or ""
+        print(row.get("tokens", row.get("keys")), json.dumps(row["over_dense"]), errors, flush=True)
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -8,8 +8,6 @@ Hkv=4, D=64 in fp32 at 16k. `--quick` is a dry run whose figures mean nothing.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 
 from attnpatch.api import resolve
 from attnpatch.bench.engine import backend_output, peak_memory
-from attnpatch.bench.measure import Clock, captured, environment, interleave, parser, ratio
+from attnpatch.bench.measure import Clock, captured, environment, interleave, parser, ratio, sweep
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.engine.terms import each_term, summed
@@ -162,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments.parse_args(argv)
     device = torch.device(args.device)
     gpu = device.type == "cuda"
-    clock, started = Clock(device, args.seconds), time.monotonic()
+    clock = Clock(device, args.seconds)
     heads = (4, 2, 32) if args.quick else HEADS["cuda" if gpu else "cpu"]
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     body: dict[str, Any] = {
@@ -171,13 +169,10 @@ def main(argv: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "quick": args.quick,
         "dtype": str(dtype).removeprefix("torch."),
-        "rows": [],
     }
-    for length in args.lengths or (QUICK if args.quick else FULL if gpu else CPU):
-        body["rows"].append(row(length, heads, 2 if args.quick else args.repeats, clock, dtype, args.methods))
-        body["seconds"] = round(time.monotonic() - started, 2)
-        args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-        print(length, json.dumps(body["rows"][-1]["over_dense"]), flush=True)
+    lengths = args.lengths or (QUICK if args.quick else FULL if gpu else CPU)
+    repeats = 2 if args.quick else args.repeats
+    sweep(args.out, body, (row(length, heads, repeats, clock, dtype, args.methods) for length in lengths))
 
 
 if __name__ == "__main__":

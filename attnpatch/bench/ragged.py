@@ -8,8 +8,6 @@ allocated for K and V over those of the dense layer. `--quick` is a dry run whos
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 
 from attnpatch.bench.decode import FULL, QUICK, Layer, dense_steps, layers
-from attnpatch.bench.measure import Clock, environment, parser, per_layer
+from attnpatch.bench.measure import Clock, environment, parser, per_layer, sweep
 from attnpatch.engine.ragged import Packed
 from attnpatch.executors import ragged
 
@@ -77,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     gpu = device.type == "cuda"
     if not gpu and not args.quick:
         arguments.error("the full run needs a GPU; on a CPU use --quick.")
-    clock, started = Clock(device, args.seconds), time.monotonic()
+    clock = Clock(device, args.seconds)
     heads = (4, 2, 32) if args.quick else (32, 8, 128)
     dtype = torch.bfloat16 if gpu else torch.float32
     body: dict[str, Any] = {
@@ -85,14 +83,10 @@ def main(argv: list[str] | None = None) -> None:
         "what": f"one layer's decode attention, B=1, Hq={heads[0]}, Hkv={heads[1]}, D={heads[2]}, packed storage",
         "quick": args.quick,
         "dtype": str(dtype).removeprefix("torch."),
-        "rows": [],
     }
-    for length in QUICK if args.quick else FULL:
-        own = layers(length, heads, 2 if args.quick else args.layers, device, dtype)
-        body["rows"].append(row(own, 2 if args.quick else args.repeats, clock))
-        body["seconds"] = round(time.monotonic() - started, 2)
-        args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-        print(length, json.dumps(body["rows"][-1]["over_dense"]), body["rows"][-1]["errors"], flush=True)
+    count, repeats = (2, 2) if args.quick else (args.layers, args.repeats)
+    made = (layers(length, heads, count, device, dtype) for length in (QUICK if args.quick else FULL))
+    sweep(args.out, body, (row(own, repeats, clock) for own in made))
 
 
 if __name__ == "__main__":

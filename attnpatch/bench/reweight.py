@@ -8,8 +8,6 @@ those of CUDA events (ACT waits for the device at a prompt, so it is no CUDA gra
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +17,7 @@ import torch
 
 from attnpatch.api import resolve
 from attnpatch.bench.engine import backend_output, peak_memory
-from attnpatch.bench.measure import Clock, environment, interleave, parser, ratio
+from attnpatch.bench.measure import Clock, environment, interleave, parser, ratio, sweep
 from attnpatch.bench.prefill import CPU, FULL, HEADS, QUICK, problem
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
@@ -73,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments.parse_args(argv)
     device = torch.device(args.device)
     gpu = device.type == "cuda"
-    clock, started = Clock(device, args.seconds), time.monotonic()
+    clock = Clock(device, args.seconds)
     heads = (8, 4, 32) if args.quick else HEADS["cuda" if gpu else "cpu"]
     dtype = torch.bfloat16 if gpu else torch.float32
     body: dict[str, Any] = {
@@ -81,13 +79,10 @@ def main(argv: list[str] | None = None) -> None:
         "what": f"one layer's attention, B=1, Hq={heads[0]}, Hkv={heads[1]}, D={heads[2]}, structured input",
         "quick": args.quick,
         "dtype": str(dtype).removeprefix("torch."),
-        "rows": [],
     }
-    for length in args.lengths or (QUICK if args.quick else FULL if gpu else CPU):
-        body["rows"].append(row(length, heads, 2 if args.quick else args.repeats, clock, dtype))
-        body["seconds"] = round(time.monotonic() - started, 2)
-        args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-        print(length, json.dumps(body["rows"][-1]["over_dense"]), flush=True)
+    lengths = args.lengths or (QUICK if args.quick else FULL if gpu else CPU)
+    repeats = 2 if args.quick else args.repeats
+    sweep(args.out, body, (row(length, heads, repeats, clock, dtype) for length in lengths))
 
 
 if __name__ == "__main__":

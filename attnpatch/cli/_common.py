@@ -300,7 +300,7 @@ def generate_once(
     import torch
 
     from attnpatch.api import patched
-    from attnpatch.engine.compat import greedy_options, input_device, output_cache
+    from attnpatch.engine.compat import greedy_options, input_device, output_cache, pad_id
 
     ids = ids.to(input_device(model))
     for patch in patches or ():
@@ -308,7 +308,7 @@ def generate_once(
             patch.tokenizer = tokenizer  # type: ignore[attr-defined]
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else greedy_options(model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_id(tokenizer)
     with patched(model, patches) if patches else nullcontext(), torch.inference_mode():
         start = time.perf_counter()
         out = model.generate(

@@ -196,8 +196,9 @@ def random_of(shape: str, layers: int | None, dtype: str | None, device_map: str
     """(random model, its prompts, what they are)."""
     import torch
 
-    from attnpatch.bench.grid import out_of_memory, random_rows
+    from attnpatch.bench.grid import random_rows
     from attnpatch.bench.shapes import random_model
+    from attnpatch.engine.compat import out_of_memory
 
     if dtype is not None and dtype not in c.DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is not allowed; choose one of {', '.join(c.DTYPES)}.")

@@ -116,9 +116,7 @@ def read_config(name: str) -> tuple[Any, int | None]:
     """(config, bytes of the weight files if they are quantised) of a folder, a hub id or the testbed."""
     from transformers import AutoConfig
 
-    from attnpatch import testbed
-
-    source = str(Path(testbed.__file__).parent / "weights") if name == "testbed" else c._model_source(name)
+    source = c.model_source(name)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError ...

@@ -133,6 +133,12 @@ class Ctx:
     at: Any = None  # at(j): KV of covered layer j as it is now, for decisions on earlier layers
     index: int = 0  # the layer's number in the model, as profiles count
 
+    def last_queries(self) -> tuple[Tensor, Tensor]:
+        """`tail` and `tail_pos`. Raises ConfigError where there are none (a probe without them)."""
+        if self.tail is None or self.tail_pos is None:
+            raise ConfigError("window scoring needs the last prompt queries; pass tail=[B, Hq, w, D].")
+        return self.tail, self.tail_pos
+
     @property
     def last_layer(self) -> bool:
         return self.layer == self.n_layers - 1

@@ -77,6 +77,20 @@ def input_device(model: Any) -> Any:
     return embedding._hf_hook.execution_device if device.type == "meta" else device
 
 
+def pad_id(tokenizer: Any) -> int | None:
+    """Token id to pad with: the tokenizer's own, else its end of text."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the host, has no memory left."""
+    import torch
+
+    text = str(error).lower()
+    told = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 def greedy_options(model: Any) -> dict[str, Any]:
     """Arguments that make generate greedy whatever the model's generation_config says."""
     config = model.generation_config

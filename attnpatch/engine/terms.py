@@ -64,7 +64,7 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
             layer.tally.term(term, kv)
         if since is not None:
             watch.note("computing", since)
-        _record(layer, term, q.shape[2], kv.k.shape[2], again=again)
+        _record(layer, term, q.shape[2], kv.S, again=again)
         if not layer.backend and (term.index is not None or term.columns is not None):
             layer.backend = dispatch.explain(q, kv, term, ctx)
         return result

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from attnpatch.engine.compat import out_of_memory
 from attnpatch.errors import AttnPatchError, UnsupportedModeError
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def copied(cache: Any) -> Any:
     try:
         return copy.deepcopy(cache)
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AttnPatchError) as error:
-        if is_oom(error):
+        if out_of_memory(error):
             raise
         return None
 
@@ -118,12 +119,3 @@ def ends(model: Any) -> set[int]:
     """Token ids that end a generation."""
     found = model.generation_config.eos_token_id
     return set() if found is None else {found} if isinstance(found, int) else set(found)
-
-
-def is_oom(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the host."""
-    import torch
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from attnpatch.engine.compat import out_of_memory
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.evaluate import feeding, likelihood
 from attnpatch.evaluate.encoding import Encoded, Encoder, positions
@@ -280,7 +281,7 @@ def _asked(runner: Runner, batch: list[Encoded], label: str) -> list[dict[str, A
     try:
         replies = runner.ask(batch)
     except (RuntimeError, MemoryError) as error:
-        if not feeding.is_oom(error):
+        if not out_of_memory(error):
             raise
         replies = None
     if replies is None:  # outside the handler, so that the failed try's tensors are free

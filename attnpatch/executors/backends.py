@@ -76,6 +76,21 @@ def not_half(dtype: torch.dtype) -> str | None:
     return None if dtype in HALF else f"needs float16 or bfloat16, this is {str(dtype).removeprefix('torch.')}"
 
 
+def no_cuda_lists(c: Any) -> str | None:
+    """What keeps a call from the Triton kernels that read keys by lists or stretches, or None."""
+    if why := too_old(c.device, c.capability, 8):
+        return why
+    if c.dtype not in (*HALF, torch.float32):
+        return f"needs float16, bfloat16 or float32, this is {str(c.dtype).removeprefix('torch.')}"
+    if c.dim > 256:
+        return f"needs a head dimension up to 256, this is {c.dim}"
+    if not c.alike:
+        return "needs queries, keys and values of one dtype and head dimension"
+    if c.grad:
+        return "has no backward pass"
+    return None if has_triton() else "triton is not installed"
+
+
 def no_cuda_half(c: Any, capability: int, dim: int) -> str | None:
     """What keeps a call from the CUDA half-precision kernels, or None."""
     if why := too_old(c.device, c.capability, capability) or not_half(c.dtype):

@@ -15,7 +15,7 @@ import torch
 
 from attnpatch.errors import ConfigError, InputError, VersionError
 from attnpatch.executors import row_lists
-from attnpatch.executors.backends import HALF, capability, has_triton, too_old
+from attnpatch.executors.backends import capability, no_cuda_lists
 from attnpatch.executors.launching import on
 from attnpatch.executors.lists import spread
 
@@ -42,20 +42,6 @@ def _call(q: torch.Tensor, kv: Any) -> _Call:
         alike=q.dtype == kv.k.dtype == kv.v.dtype and q.shape[3] == kv.v.shape[3],
         grad=torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad),
     )
-
-
-def _not_triton(c: _Call) -> str | None:
-    if why := too_old(c.device, c.capability, 8):
-        return why
-    if c.dtype not in (*HALF, torch.float32):
-        return f"needs float16, bfloat16 or float32, this is {str(c.dtype).removeprefix('torch.')}"
-    if c.dim > 256:
-        return f"needs a head dimension up to 256, this is {c.dim}"
-    if not c.alike:
-        return "needs queries, keys and values of one dtype and head dimension"
-    if c.grad:
-        return "has no backward pass"
-    return None if has_triton() else "triton is not installed"
 
 
 def _columns(selection: Any, batch: int, slots: int, heads: int) -> torch.Tensor | None:
@@ -89,7 +75,7 @@ _RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {"trito
 
 
 def _decide(call: _Call, forced: str | None) -> tuple[str, str]:
-    why = None if forced == "torch" else _not_triton(call)
+    why = None if forced == "torch" else no_cuda_lists(call)
     if not forced:
         return ("torch", f"not triton: {why}") if why else ("triton", "the fastest that fits")
     if forced not in _RUN:

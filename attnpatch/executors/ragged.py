@@ -14,7 +14,7 @@ import torch
 
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import column_sums
-from attnpatch.executors.backends import HALF, capability, first_fit, has_triton, too_old
+from attnpatch.executors.backends import capability, first_fit, no_cuda_lists, not_half, too_old
 from attnpatch.executors.blocks import Result
 from attnpatch.executors.column_sums import matmul, operand
 from attnpatch.executors.launching import on
@@ -52,10 +52,8 @@ def _call(q: torch.Tensor, packed: Any, ctx: Any, want_lse: bool) -> _Call:
 
 
 def _not_flash(c: _Call) -> str | None:
-    if why := too_old(c.device, c.capability, 8):
+    if why := too_old(c.device, c.capability, 8) or not_half(c.dtype):
         return why
-    if c.dtype not in HALF:
-        return f"needs float16 or bfloat16, this is {str(c.dtype).removeprefix('torch.')}"
     if c.dim % 8 or c.dim > 256 or not c.alike:
         return "needs a head dimension that is a multiple of 8 up to 256, the same for keys and values"
     if not c.single:
@@ -63,18 +61,6 @@ def _not_flash(c: _Call) -> str | None:
     if c.grad:
         return "no gradients here"
     return "no soft-capping or log-sum-exp" if c.softcap or c.want_lse else None
-
-
-def _not_triton(c: _Call) -> str | None:
-    if why := too_old(c.device, c.capability, 8):
-        return why
-    if c.dtype not in (*HALF, torch.float32):
-        return f"needs float16, bfloat16 or float32, this is {str(c.dtype).removeprefix('torch.')}"
-    if c.dim > 256 or not c.alike:
-        return f"needs a head dimension up to 256, the same for keys and values, this is {c.dim}"
-    if c.grad:
-        return "has no backward pass"
-    return None if has_triton() else "triton is not installed"
 
 
 def _not_torch(c: _Call) -> str | None:
@@ -165,7 +151,7 @@ def _merged(logits: torch.Tensor, values: torch.Tensor, pair: torch.Tensor, pair
 
 
 _WHY_NOT: dict[str, Callable[[_Call], str | None]] = {  # fastest first
-    "triton": _not_triton,  # at 128k on one H200 0.6 to 0.8 times flash's time
+    "triton": no_cuda_lists,  # at 128k on one H200 0.6 to 0.8 times flash's time
     "flash": _not_flash,
     "torch": _not_torch,
 }

@@ -92,12 +92,12 @@ def answer(model: Any, tokenizer: Any, ids: Tensor, patches: list[Any], count: i
     from contextlib import nullcontext
 
     from attnpatch.api import patched
-    from attnpatch.engine.compat import greedy_options, input_device
+    from attnpatch.engine.compat import greedy_options, input_device, pad_id
     from attnpatch.report import status
 
     ids = ids.to(input_device(model))
     states: list[Any] = []
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_id(tokenizer)
 
     def note(*_: Any) -> None:
         if not states:

@@ -19,6 +19,17 @@ SHORT = {  # what replaces values of the cell tagged `parameters`
     "second_question": {"LENGTH": 1024, "TEXTS": 1},
 }
 
+CLAIMS = {  # what the text says of a run and must hold in the short one too; over the notebook's variables
+    "ask_a_book": lambda v: v["found"].answer == "48213",
+    "calibrate_zerotuning": lambda v: v["right"][v["FACTORS"].index(1)] == v["SAMPLES"] and v["right"][-1] == 0,
+    "flexprefill_blocks": lambda v: sum(v["shares"][0]) > sum(v["shares"][-1]),
+    "own_method": lambda v: v["found"]["dense"] == v["SAMPLES"] > v["found"]["random"],
+    "quickstart": lambda v: all(v["found"][v["methods"].index("pyramidkv")]),
+    "second_question": lambda v: all(
+        count == v["TEXTS"] for name in ("quest", "tokenselect, decoding") for count in v["found"][name]
+    ),
+}
+
 
 def code_cells(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -49,6 +60,7 @@ def test_runs(path, monkeypatch, capsys):
         patch._REGISTRY.clear()
         patch._REGISTRY.update(before)
     assert shown and capsys.readouterr().out
+    assert CLAIMS.get(path.stem, lambda values: True)(scope)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

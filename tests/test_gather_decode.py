@@ -13,7 +13,7 @@ from interpreter import DEVICE, FORMS, HALF, INTERPRETED, mend_interpreter, need
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors import dispatch, gather_decode, naive
+from attnpatch.executors import backends, dispatch, gather_decode, naive
 
 if INTERPRETED:
     mend_interpreter()

@@ -25,7 +25,7 @@ _OF_ACT = {f.name: f for f in fields(ACT)}
 
 def _as_in_act(name: str) -> Any:
     f = _OF_ACT[name]
-    return option(f.default, f.metadata["help"], f.metadata["choices"], f.metadata["low"])
+    return option(f.default, **f.metadata)
 
 
 @dataclass

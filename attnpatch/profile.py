@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ class Profile:
         return target
 
     @classmethod
-    def load(cls, folder: str | Path, *kinds: str) -> Profile:
+    def load(cls, folder: str | PathLike[str], *kinds: str) -> Profile:
         """Read a profile of one of `kinds`. ConfigError: no profile there, damaged, of another kind or version."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file

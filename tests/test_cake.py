@@ -288,7 +288,8 @@ def test_12_layers_do_not_depend_on_the_order_of_heads():
         heads = torch.tensor(order)
         mixed = q.unflatten(1, (4, 2))[:, heads].flatten(1, 2)
         kv = KV(k[:, heads], k[:, heads], torch.arange(60, dtype=torch.int32)[None, None])
-        ctx = SimpleNamespace(tail=mixed[:, :, -8:], tail_pos=torch.arange(52, 60)[None], scaling=0.25, softcap=None)
+        tail, tail_pos = mixed[:, :, -8:], torch.arange(52, 60)[None]
+        ctx = SimpleNamespace(last_queries=lambda t=tail, p=tail_pos: (t, p), scaling=0.25, softcap=None)
         CAKE(budget=20, window_size=8).score(kv, ctx)
         assert kv.state["preference"].item() == pytest.approx(p, rel=1e-4)
 

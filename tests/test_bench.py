@@ -258,3 +258,14 @@ def test_ragged_quick_run(tmp_path):
     (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert not row["errors"] and set(row["over_dense"]) == {"adakv torch", "duoattention torch"}
     assert row["kept"]["adakv"]["bytes_over_dense"] < 0.27
+
+
+def test_evicting_methods_of_a_quality_run_take_values_too(tmp_path):
+    out = tmp_path / "quality.json"
+    methods = ["cake:window_size=4,gamma=0", "snapkv:kernel_size=13"]
+    quality.main(["--tiny", "--device", "cpu", "--methods", *methods, "--out", str(out)])
+    rows = {row["label"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"dense", "cake window_size=4 gamma=0 10%", "snapkv kernel_size=13 10%"}
+    assert rows["cake window_size=4 gamma=0 10%"]["window_size"] == 4
+    with pytest.raises(ConfigError, match="give them as --budgets"):
+        quality.main(["--tiny", "--methods", "snapkv:budget=0.2", "--out", str(out)])

@@ -50,21 +50,21 @@ class Method:
 
     name: str
     budget: float | None = None
-    changed: tuple[tuple[str, Any], ...] = ()  # values in place of the recipe's
+    changed: tuple[tuple[str, Any], ...] = ()  # values in place of the recipe's, or of the method's own
 
     @property
     def label(self) -> str:
         changed = "".join(f" {key}={value}" for key, value in self.changed)
-        return self.name + changed if self.budget is None else f"{self.name} {self.budget:.0%}"
+        return self.name + changed + ("" if self.budget is None else f" {self.budget:.0%}")
 
     def options(self, length: int) -> dict[str, Any]:
         """Hyperparameters for prompts of `length` tokens; the window takes at most half of the budget."""
         if self.budget is None:
             return {} if self.name == "dense" else load_recipe(self.name).hyperparameters | dict(self.changed)
-        values: dict[str, Any] = {"budget": self.budget}
+        values: dict[str, Any] = dict(self.changed) | {"budget": self.budget}
         if self.name in WINDOWS:
             capacity = math.ceil(self.budget * length)
-            values["window_size"] = max(1, min(WINDOWS[self.name], capacity // 2))
+            values["window_size"] = max(1, min(values.get("window_size", WINDOWS[self.name]), capacity // 2))
         return values
 
     def patch(self, length: int) -> Patch:

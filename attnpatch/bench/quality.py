@@ -4,8 +4,8 @@ Every method answers the same prompts of the embedded model's tasks by greedy `g
 its tokens are right. Batches go through all methods in turn, so a run that stops early has equal counts for all; the
 evicting methods share one dense prefill of a batch (`attnpatch.bench.shared`), which gives the answers of plain
 `generate`. Without --methods all evicting ones run at the budgets of the table; methods that keep the whole cache
-(`--methods flexprefill hip`) run with their recipe, or with some of its values changed (`hip:mask_k=1024,sink=4`).
-`--methods all` takes every method that needs no calibrated values. The file keeps every answer, so `--resume` goes on
+(`--methods flexprefill hip`) run with their recipe, or with some of its values changed (`hip:mask_k=1024,sink=4`);
+evicting ones too take such values (`cake:window_size=8`). `--methods all` takes every method that needs no calibrated values. The file keeps every answer, so `--resume` goes on
 where an earlier run stopped, and `--table` prints it as a table. `--tiny` is a dry run on a random toy model.
 """
 
@@ -148,13 +148,14 @@ def method_list(args: argparse.Namespace) -> list[Method]:
     made, budgets = [Method("dense")], (0.10,) if args.tiny else args.budgets
     for text in everything() if args.methods == ["all"] else args.methods or METHODS:
         name, _, values = text.partition(":")
-        evicts = "keep" in resolve(name)[0].hooks()
-        if evicts and values:
-            raise ConfigError(f"{text!r}: an evicting method runs at the budgets of the table; give its name alone.")
         changed = tuple(
             (key, yaml.safe_load(value)) for key, _, value in (x.partition("=") for x in values.split(",")) if key
         )
-        made += [Method(name, budget) for budget in budgets] if evicts else [Method(name, None, changed)]
+        patch = resolve(name, **dict(changed))[0]
+        evicts = "keep" in patch.hooks() and hasattr(patch, "budget")  # runs at the budgets of the table
+        if evicts and "budget" in dict(changed):
+            raise ConfigError(f"{text!r}: an evicting method runs at the budgets of the table; give them as --budgets.")
+        made += [Method(name, budget, changed) for budget in (budgets if evicts else [None])]
     return made
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.errors import ConfigError, PatchStateError
-from attnpatch.patch import Patch, build, compose, get_patch
+from attnpatch.patch import Patch, build, compose, get_patch, refuse_parallel
 
 if TYPE_CHECKING:
     from attnpatch.budget import Budget
@@ -90,6 +90,7 @@ def patch_model(
     from attnpatch.engine.families import inspect_model, unwrap
     from attnpatch.engine.handle import Handle
     from attnpatch.engine.rope import Rope
+    from attnpatch.engine.shards import Shard
 
     check_versions()
     base = unwrap(model)
@@ -105,7 +106,10 @@ def patch_model(
     for p in patches:
         p.fits(decoder.config)
     rope = Rope(decoder, covered) if any(p.needs_rope for p in patches) else None
-    plan = Plan(patches, facts, covered, decoder.config, rope)
+    shard = Shard.of(base, decoder.config.num_attention_heads)
+    if shard.size > 1:
+        refuse_parallel(patches)
+    plan = Plan(patches, facts, covered, decoder.config, rope, shard)
     Handle(base, decoder, plan).install()
     return model
 

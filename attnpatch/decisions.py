@@ -134,6 +134,7 @@ class KeepSet:
     it; the layer gives them no room to grow. Say `limit` (the most of any row) at each drop too, where it changes.
     extra: what stands for the entries that went, now and before; the layer attends it until another is given.
     layer: number of the covered layer that is meant, this or an earlier one; None = this one.
+    loses: bool [B], rows that lose an entry, where heads of other processes lose some too; None = what is seen here.
     """
 
     index: torch.Tensor | None = None
@@ -145,6 +146,7 @@ class KeepSet:
     limited: tuple[int, ...] = ()
     limit: int = 0
     extra: Virtual | None = None
+    loses: torch.Tensor | None = None
 
     def validate(self, batch: int, kv_heads: int, slots: int) -> None:
         """Raise InputError unless shapes, ranges and order fit a layer of [batch, kv_heads, slots]."""

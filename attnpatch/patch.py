@@ -10,7 +10,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from attnpatch.budget import Budget
-from attnpatch.errors import ConfigError
+from attnpatch.errors import ConfigError, UnsupportedModeError
 
 if TYPE_CHECKING:
     from attnpatch.decisions import ColumnReweight, KeepSet
@@ -46,6 +46,9 @@ class Patch:
     paper: ClassVar[str] = ""
     stage: ClassVar[str] = "evict"
     query_aware: ClassVar[bool] = False
+    tensor_parallel: ClassVar[bool] = (
+        False  # decides alike where each process has a part of a layer's heads (ctx.shard)
+    )
     needs_profile: ClassVar[bool] = False  # works with no model before it was given figures of its heads; see `fits`
 
     def __post_init__(self) -> None:
@@ -264,6 +267,17 @@ def compose(patches: Sequence[Patch]) -> tuple[Patch, ...]:
             )
         _check_chooser(choosers, patches, phase)
     return tuple(patches)
+
+
+def refuse_parallel(patches: Sequence[Patch]) -> None:
+    """Raise UnsupportedModeError for a method that cannot work on a part of a layer's heads."""
+    for patch in patches:
+        if not patch.tensor_parallel:
+            able = [name for name, cls in list_patches().items() if cls.tensor_parallel is True]
+            raise UnsupportedModeError(
+                f"{patch.name!r} looks at all heads of a layer, of which tensor parallelism (tp_plan) gives each "
+                f"process a part; load the model without tp_plan, or use one of {', '.join(able)}."
+            )
 
 
 def _check_chooser(choosers: list[Patch], patches: Sequence[Patch], phase: str) -> None:

@@ -121,15 +121,20 @@ def by_layer(chosen: Tensor, scores: Tensor) -> list[tuple[int, ...] | None]:
     return [tuple(row.nonzero().flatten().tolist()) if k else None for row, k in zip(chosen, known, strict=True)]
 
 
-def of_layer(name: str, heads: Any, ctx: Ctx) -> tuple[int, ...]:
-    """heads[layer of the model]. Raises ConfigError where nothing was measured of that layer."""
+def of_layer(name: str, heads: Any, kv: KV, ctx: Ctx) -> tuple[int, ...]:
+    """heads[layer of the model], those in this process. Raises ConfigError where nothing was measured of that layer."""
     found: tuple[int, ...] | None = heads[ctx.index]
     if found is None:
         raise ConfigError(
             f"{name}: the profile says nothing of layer {ctx.index}, which attends the whole context; leave that layer "
             "out with layers=, or make the profile again."
         )
-    return found
+    return tuple(ctx.shard.here(found, kv_heads(kv)))
+
+
+def kv_heads(kv: KV) -> int:
+    """KV heads of a layer, those in this process."""
+    return kv.k.shape[1] if kv.packed is None else kv.packed.count.shape[1]
 
 
 def sink_recent(kv: KV, heads: tuple[int, ...], sink: int, recent: Any) -> Tensor:
@@ -139,9 +144,9 @@ def sink_recent(kv: KV, heads: tuple[int, ...], sink: int, recent: Any) -> Tenso
     """
     import torch
 
-    kv_heads = kv.k.shape[1] if kv.packed is None else kv.packed.count.shape[1]
-    pos = kv.pos.expand(-1, kv_heads, -1)  # [B, Hkv, S]
-    other = torch.tensor([h not in heads for h in range(kv_heads)], device=pos.device)[:, None]
+    count = kv_heads(kv)
+    pos = kv.pos.expand(-1, count, -1)  # [B, Hkv, S]
+    other = torch.tensor([h not in heads for h in range(count)], device=pos.device)[:, None]
     if isinstance(recent, torch.Tensor):
         recent = recent.to(pos.device)[:, None, None]
     newest = pos.amax(-1, keepdim=True)

@@ -55,6 +55,7 @@ class ACT(Patch):
 
     title = "ACT"
     paper = "arXiv 2406.15765"
+    tensor_parallel = True
     stage = "calibrate"
 
     def __post_init__(self) -> None:
@@ -109,7 +110,9 @@ class ACT(Patch):
         from attnpatch.decisions import ColumnReweight
 
         if self.name not in kv.plain:
-            kv.plain[self.name] = _Listed.of(self._heads(q.shape[1], ctx), q, kv)
+            kv.plain[self.name] = _Listed.of(
+                ctx.shard.here(self._heads(ctx.shard.count(q.shape[1]), ctx), q.shape[1]), q, kv
+            )
         listed = kv.plain[self.name]
         if listed is None:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.errors import ConfigError
@@ -87,8 +87,7 @@ class AdaKV(EvictPatch):
     `scorer` names the method whose scores, layer budgets and pinned recent entries are used; its hyperparameters may be
     given here, None = its own default. The best entries of all heads together say how many each head gets, mixed with
     an even share (`alpha`). Heads are stored at their own lengths. The prompt is compressed, decoding appends; "h2o"
-    counts the attention of prompt queries only. Chosen here: ties go to the later token, then to the higher head; under
-    tensor parallelism the heads of one process share among themselves.
+    counts the attention of prompt queries only. Chosen here: ties go to the later token, then to the higher head.
     """
 
     budget: Any = option("1024", "mean KV entries kept per head: tokens, ratio of the prompt, or bytes")
@@ -109,6 +108,7 @@ class AdaKV(EvictPatch):
 
     title = "Ada-KV"
     paper = "arXiv 2407.11550"
+    tensor_parallel = True
     query_aware = True
 
     def __post_init__(self) -> None:
@@ -143,25 +143,32 @@ class AdaKV(EvictPatch):
 
     def keep(self, q: Tensor, kv: KV, ctx: Ctx) -> KeepSet | None:
         import torch
+        from torch.nn.functional import pad
 
         from attnpatch.decisions import KeepSet
 
         capacity = self._scorer.capacities(ctx)
-        if kv.S <= min(capacity):
+        heads, shard = kv.k.shape[1], ctx.shard
+        slots = shard.most(kv.S)  # in whichever process
+        if slots <= min(capacity):
             return None
         tail = self._scorer.tails(capacity)
         scores = self._scorer.scores(kv, ctx)  # [B, Hkv, S]
-        pos = kv.pos.expand(-1, kv.k.shape[1], -1)
+        pos = kv.pos.expand(-1, heads, -1)
         width, base = (
             torch.as_tensor(x, device=pos.device) for x in (tail, [c - t for c, t in zip(capacity, tail, strict=True)])
         )
         prefix = (pos >= 0) & (pos <= pos.amax(-1, keepdim=True) - width[:, None, None])
         alpha = 1.0 if ctx.layer < self.skip else self.alpha
-        caps = shared_out(
-            scores, prefix, base, alpha=alpha, safeguard=self.safeguard, rounding=self.rounding,
+        every, room = (shard.all(pad(x, (0, slots - kv.S))) for x in (scores, prefix.float()))  # heads of all processes
+        shared = shared_out(
+            every, room > 0, base, alpha=alpha, safeguard=self.safeguard, rounding=self.rounding,
             normalize=self.normalize,
         )  # fmt: skip
+        caps = shard.own(shared, heads)  # [B, Hkv]
         keep = KeepSet.top(scores, caps + width[:, None], kv.pos, tail=tail)
+        if shard.size > 1:
+            keep = replace(keep, loses=(shared < room.sum(-1)).any(-1))
         held = caps.new_tensor(keep.index.shape[-1]) if keep.count is None else keep.count  # type: ignore[union-attr]
         ctx.report["fewest entries of a head"] = held.amin().float()
         ctx.report["most entries of a head"] = held.amax().float()

@@ -113,6 +113,7 @@ class CAKE(EvictPatch):
 
     title = "CAKE"
     paper = "arXiv 2503.12491"
+    tensor_parallel = True
     query_aware = True
 
     def __post_init__(self) -> None:
@@ -176,7 +177,8 @@ class CAKE(EvictPatch):
         outside = (kv.pos > kv.pos.amax(-1, keepdim=True) - voters) | (kv.pos < 0)  # [B, 1|Hkv, S]
         if outside.shape[1] > 1:
             outside = outside.repeat_interleave(mean.shape[1] // outside.shape[1], dim=1)
-        dispersion, shift = (x.masked_fill(outside, 0.0).sum((1, 2)).double() for x in (entropy, variance))
+        by_head = (x.masked_fill(outside, 0.0).sum(-1).double() for x in (entropy, variance))  # [B, Hq]
+        dispersion, shift = (ctx.shard.all(x).sum(-1) for x in by_head)
         preference = dispersion.clamp(min=0) ** (1 / self.tau1) * shift ** (1 / self.tau2)
         indicator = (mean + self.gamma * variance).masked_fill(outside, 0.0)
         pooled = F.avg_pool1d(indicator, 5, 1, 2)  # zero padding counts, as in the reference

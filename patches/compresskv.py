@@ -72,6 +72,7 @@ class CompressKV(EvictPatch):
     title = "CompressKV"
     needs_profile = True
     paper = "arXiv 2508.02401"
+    tensor_parallel = True
     query_aware = True
 
     def __post_init__(self) -> None:
@@ -199,14 +200,24 @@ class CompressKV(EvictPatch):
 
     def scores(self, kv: KV, ctx: Ctx) -> Tensor:
         """Mean pooled votes of the heads that vote, fp32 [B, 1, S]."""
-        heads = self.voters(ctx.index)
-        if heads is not None and ctx.tail is not None:
-            group = ctx.tail.shape[1] // kv.k.shape[1]
-            served = [h // group for h in heads]  # a KV head may come twice
+        import torch
+
+        heads, shard = self.voters(ctx.index), ctx.shard
+        if heads is None or ctx.tail is None:
+            votes = window_votes(kv, ctx, self.kernel_size, self.pooling, "group_mean")
+            return shard.all(votes).mean(1, keepdim=True)
+        local, batch, slots = ctx.tail.shape[1], kv.k.shape[0], kv.S
+        votes = kv.k.new_zeros(batch, len(heads), slots, dtype=torch.float32)
+        here = shard.here(heads, local)
+        if here:
+            group = local // kv.k.shape[1]
+            served = [h // group for h in here]  # a KV head may come twice
             pos = kv.pos[:, served] if kv.pos.shape[1] > 1 else kv.pos
             k = kv.k[:, served]
-            kv, ctx = replace(kv, k=k, v=k, pos=pos), replace(ctx, tail=ctx.tail[:, heads])
-        return window_votes(kv, ctx, self.kernel_size, self.pooling, "group_mean").mean(1, keepdim=True)
+            kv, ctx = replace(kv, k=k, v=k, pos=pos), replace(ctx, tail=ctx.tail[:, here])
+            places = [i for i, h in enumerate(heads) if shard.here([h], local)]
+            votes[:, places] = window_votes(kv, ctx, self.kernel_size, self.pooling, "group_mean")
+        return shard.sum(votes).mean(1, keepdim=True)
 
     def keep(self, q: Tensor, kv: KV, ctx: Ctx) -> KeepSet | None:
         from attnpatch.decisions import KeepSet

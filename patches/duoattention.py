@@ -51,6 +51,7 @@ class DuoAttention(Patch):
     title = "DuoAttention"
     needs_profile = True
     paper = "arXiv 2410.10819"
+    tensor_parallel = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +91,7 @@ class DuoAttention(Patch):
 
         from attnpatch.decisions import Selection
 
-        heads, rows = _heads.of_layer(self.name, self._streaming, ctx), q.shape[2]
+        heads, rows = _heads.of_layer(self.name, self._streaming, kv, ctx), q.shape[2]
         if not heads or kv.S <= self.sink + self.recent:
             return None
         if len(heads) == kv.k.shape[1]:
@@ -107,7 +108,7 @@ class DuoAttention(Patch):
     def keep(self, q: Tensor, kv: KV, ctx: Ctx) -> KeepSet | None:
         from attnpatch.decisions import KeepSet
 
-        heads = _heads.of_layer(self.name, self._streaming, ctx)
+        heads = _heads.of_layer(self.name, self._streaming, kv, ctx)
         limit = self.sink + self.recent
         if not heads or kv.S <= limit:
             return None

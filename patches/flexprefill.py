@@ -51,6 +51,7 @@ class FlexPrefill(Patch):
 
     title = "FlexPrefill"
     paper = "arXiv 2502.20766"
+    tensor_parallel = True
     stage = "prefill"
     query_aware = True
     phases = frozenset({"prefill"})

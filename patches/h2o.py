@@ -32,6 +32,7 @@ class H2O(EvictPatch):
 
     title = "H2O"
     paper = "arXiv 2306.14048"
+    tensor_parallel = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

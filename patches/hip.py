@@ -75,6 +75,7 @@ class HiP(Patch):
 
     title = "HiP attention"
     paper = "arXiv 2406.09827"
+    tensor_parallel = True
     stage = "prefill"
 
     def __post_init__(self) -> None:

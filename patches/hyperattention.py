@@ -86,6 +86,7 @@ class HyperAttention(Patch):
 
     title = "HyperAttention"
     paper = "arXiv 2310.05869"
+    tensor_parallel = True
     stage = "prefill"
     phases = frozenset({"prefill"})
     merges = True

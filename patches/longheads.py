@@ -42,6 +42,7 @@ class LongHeads(Patch):
 
     title = "LongHeads"
     paper = "arXiv 2402.10685"
+    tensor_parallel = True
     stage = "prefill"
     merges = True
     repositions = True

@@ -62,6 +62,7 @@ class MInference(Patch):
 
     title = "MInference"
     paper = "arXiv 2407.02490"
+    tensor_parallel = True
     stage = "prefill"
     query_aware = True
     phases = frozenset({"prefill"})
@@ -142,14 +143,15 @@ class MInference(Patch):
         Raises ConfigError on a wrong table.
         """
         if self.profile is not None:
-            return self._from_profile(ctx.index)
-        table = self.heads
-        if table is not None and (len(table), len(table[0])) != (ctx.n_layers, heads):
+            sizes, forced = self._from_profile(ctx.index)
+            return list(ctx.shard.part(sizes, heads)), list(ctx.shard.part(forced, heads))
+        table, whole = self.heads, ctx.shard.count(heads)
+        if table is not None and (len(table), len(table[0])) != (ctx.n_layers, whole):
             raise ConfigError(
                 f"{self.name}: heads is {len(table)} layers x {len(table[0])} heads, the model has {ctx.n_layers} "
-                f"patched layers x {heads} query heads; give a table of that size, or null."
+                f"patched layers x {whole} query heads; give a table of that size, or null."
             )
-        row = [(self.vertical, self.slash)] if table is None else table[ctx.layer]
+        row = [(self.vertical, self.slash)] if table is None else ctx.shard.part(table[ctx.layer], heads)
         return [self._scaled(v, s) for v, s in row], [(FIRST, NEAR)]
 
     def _scaled(self, vertical: int, slash: int) -> Pair:

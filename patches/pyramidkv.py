@@ -59,6 +59,7 @@ class PyramidKV(SnapKV):
 
     title = "PyramidKV"
     paper = "arXiv 2406.02069"
+    tensor_parallel = True
 
     def capacities(self, ctx: Ctx) -> tuple[int, ...]:
         rows = []

@@ -39,6 +39,7 @@ class Quest(Patch):
 
     title = "Quest"
     paper = "arXiv 2406.10774"
+    tensor_parallel = True
     stage = "decode"
     phases = frozenset({"decode"})
 

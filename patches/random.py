@@ -24,6 +24,7 @@ class Random(EvictPatch):
 
     title = "Random eviction (control)"
     paper = "none"
+    tensor_parallel = True
 
     def keep(self, q: Tensor, kv: KV, ctx: Ctx) -> KeepSet | None:
         from attnpatch.decisions import KeepSet

@@ -45,6 +45,7 @@ class RazorAttention(Patch):
     title = "RazorAttention"
     needs_profile = True
     paper = "arXiv 2407.15891"
+    tensor_parallel = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +83,7 @@ class RazorAttention(Patch):
     def keep(self, q: Tensor, kv: KV, ctx: Ctx) -> KeepSet | None:
         from attnpatch.decisions import KeepSet
 
-        heads = _heads.of_layer(self.name, self._compressed, ctx)
+        heads = _heads.of_layer(self.name, self._compressed, kv, ctx)
         step = ctx.event == "step"
         # most tokens of any row: known to the host, for decoding must not wait
         known = kv.plain.get("tokens", kv.S - 1) + 1 if step else max(ctx.prompt_len)

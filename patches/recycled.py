@@ -45,6 +45,7 @@ class RefreshKV(Patch):
 
     title = "RefreshKV (Recycled Attention)"
     paper = "arXiv 2411.05787"
+    tensor_parallel = True
     stage = "decode"
     phases = frozenset({"decode"})
 
@@ -85,7 +86,7 @@ class RefreshKV(Patch):
         """bool [B]: q [B, Hq, 1, D] is like the last full step's (cosine above threshold); else it replaces it."""
         from attnpatch.executors import likeness
 
-        query = ctx.back(q.float().mean(1, keepdim=True)).flatten(1)  # fp32 [B, D]
+        query = ctx.back(ctx.shard.all(q.float()).mean(1, keepdim=True)).flatten(1)  # fp32 [B, D]
         return likeness.run(query, kv.rows["recycled_query"], ctx.q_pos[:, -1], threshold, above=True)
 
     def _either(self, kv: KV) -> Selection:
@@ -127,7 +128,7 @@ class RefreshKV(Patch):
         kv.rows["recycled_score"] = torch.full(shape, float("-inf"), device=q.device)
         self._renew(q, kv, ctx, newest, None)
         if self.needs_rope:
-            query = q.float().mean(1, keepdim=True)
+            query = ctx.shard.all(q.float()).mean(1, keepdim=True)
             kv.rows["recycled_query"] = ctx.turn(query, -newest[:, None])[:, 0, 0]
         if old:
             self._kept(kv, old, newest < 0)

@@ -56,6 +56,7 @@ class SALE(Patch):
 
     title = "SALE"
     paper = "arXiv 2505.24179"
+    tensor_parallel = True
     stage = "prefill"
     phases = frozenset({"prefill"})
     merges = True
@@ -86,15 +87,15 @@ class SALE(Patch):
         """This layer's thresholds fp32 [Hq, 1], on the device. Raises ConfigError if the table does not fit."""
         import torch
 
-        table, heads = self.tau, q.shape[1]
+        table, heads = self.tau, ctx.shard.count(q.shape[1])
         if not isinstance(table, (list, tuple)):
-            return torch.full((heads, 1), float(table), device=q.device)
+            return torch.full((q.shape[1], 1), float(table), device=q.device)
         if (len(table), len(table[0])) != (ctx.n_layers, heads):
             raise ConfigError(
                 f"{self.name}: the tau table is {len(table)} layers x {len(table[0])} heads, the model has "
                 f"{ctx.n_layers} patched layers x {heads} query heads; give a table of that size, or one number."
             )
-        row = torch.tensor(table[ctx.layer], dtype=torch.float32)
+        row = torch.tensor(ctx.shard.part(table[ctx.layer], q.shape[1]), dtype=torch.float32)
         return row.to(q.device, non_blocking=True)[:, None]  # a blocking copy would wait for the device
 
     def _between(self, block: Any) -> Any:

@@ -61,6 +61,7 @@ class SnapKV(EvictPatch):
 
     title = "SnapKV"
     paper = "arXiv 2404.14469"
+    tensor_parallel = True
     query_aware = True
 
     def __post_init__(self) -> None:

@@ -54,6 +54,7 @@ class StreamingLLM(EvictPatch):
 
     title = "StreamingLLM"
     paper = "arXiv 2309.17453"
+    tensor_parallel = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

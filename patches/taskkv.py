@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.errors import ConfigError
@@ -44,6 +44,7 @@ class TaskKV(EvictPatch):
 
     title = "Task-KV"
     paper = "arXiv 2501.15113"
+    tensor_parallel = True
     query_aware = True
 
     def __post_init__(self) -> None:
@@ -102,8 +103,8 @@ class TaskKV(EvictPatch):
         mean = mean.masked_fill(kv.pos.expand(-1, heads, -1) < 0, 0.0)
         return F.avg_pool1d(mean, self.kernel_size, 1, self.kernel_size // 2)
 
-    def distances(self, scores: Tensor, kv: KV) -> Tensor:
-        """How far each head's semantic vector lies from the mean of all, fp32 [B, Hkv] (steps 3 and 4)."""
+    def distances(self, scores: Tensor, kv: KV, shard: Any) -> Tensor:
+        """How far each head's semantic vector lies from the mean of all, fp32 [B, H] of all processes (steps 3-4)."""
         import torch
 
         from attnpatch.decisions import ranked
@@ -114,6 +115,7 @@ class TaskKV(EvictPatch):
         values = kv.v.gather(2, best[..., None].expand(-1, -1, -1, kv.v.shape[-1])).float()
         values = values.masked_fill(weights[..., None] == 0, 0.0)
         vectors = (weights[..., None, :] @ values)[..., 0, :]  # [B, Hkv, D]
+        vectors = shard.all(vectors)
         centre = vectors.mean(1, keepdim=True)
         if self.distance == "l2":
             return (vectors - centre).norm(dim=-1)
@@ -132,15 +134,21 @@ class TaskKV(EvictPatch):
 
         from attnpatch.decisions import KeepSet
 
-        heads = kv.k.shape[1]
+        local, shard = kv.k.shape[1], ctx.shard
+        heads = shard.count(local)
         rows = self.rows(ctx, heads)
         if all(full == heads for full, *_ in rows):
             return None
         scores = self.importance(kv, ctx)
         full, sink, recent, middle = torch.tensor(rows, device=scores.device).T[..., None]  # [B, 1] each
-        whole = self.chosen(self.distances(scores, kv), full)  # [B, Hkv]
-        capacity = torch.where(whole, kv.S, sink + recent + middle)
+        every = self.chosen(self.distances(scores, kv, shard), full)  # bool [B, H] of all processes
+        part, whole = sink + recent + middle, shard.own(every, local)
+        capacity = torch.where(whole, kv.S, part)  # [B, Hkv]
         pos = kv.pos
         pinned = (pos < sink[..., None]) | (pos > pos.amax(-1, keepdim=True) - recent[..., None])  # [B, 1|Hkv, S]
         ctx.report["heads that keep everything"] = full.float().mean()
-        return KeepSet.top(scores.masked_fill(pinned, float("inf")), capacity, pos)
+        keep = KeepSet.top(scores.masked_fill(pinned, float("inf")), capacity, pos)
+        if shard.size > 1:
+            held = shard.all((pos >= 0).sum(-1).expand(-1, local))
+            keep = replace(keep, loses=(~every & (held > part)).any(-1))
+        return keep

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from attnpatch.decisions import Selection
     from attnpatch.engine.call import KV, Ctx
+    from attnpatch.engine.shards import Shard
 
 
 @register("tokenselect")
@@ -53,6 +54,7 @@ class TokenSelect(Patch):
 
     title = "TokenSelect"
     paper = "arXiv 2411.02886"
+    tensor_parallel = True
     stage = "decode"
 
     def __post_init__(self) -> None:
@@ -84,6 +86,11 @@ class TokenSelect(Patch):
             raise ConfigError(
                 "tokenselect: positions='compact' turns queries and keys; give turn(x, by), as a patched model does, "
                 "or set positions='true'."
+            )
+        if self.strict and ctx.shard.size > 1:
+            raise ConfigError(
+                "tokenselect: strict=True pairs query heads with KV heads of other processes under tensor parallelism; "
+                "leave strict out."
             )
         if ctx.phase == "prefill":
             return self._chunks(q, kv, ctx) if kv.S > self._dense_until(kv.S - q.shape[2], kv.S) else None
@@ -176,7 +183,8 @@ class TokenSelect(Patch):
             keys = self._raw(kv, ctx)
         near = real.sum(-1).clamp(min=self.n_local)  # [B]
         part = replace(kv, k=keys[:, :, :end])
-        voted, count = top_slots.run(self.votes(mean, part, held - near + self.n_local - 1), self.top_k)
+        votes = self.votes(mean, part, held - near + self.n_local - 1, shard=ctx.shard)
+        voted, count = top_slots.run(votes, self.top_k)
         return self._joined(voted, count, held, near, kv, self._near(end - start))
 
     def _raw(self, kv: KV, ctx: Ctx) -> Tensor:
@@ -212,7 +220,7 @@ class TokenSelect(Patch):
         known = "tokens" in kv.rows and kv.plain["tokens_slots"] == kv.S - 1  # no token came without a step
         kv.plain["tokens_slots"], like, old = kv.S, None, None
         if self._takes_again:
-            query = ctx.back(q).flatten(1)  # fp32 [B, Hq * D]
+            query = ctx.shard.all(ctx.back(q)).flatten(1)  # fp32 [B, Hq * D]
             if known:
                 like = likeness.run(query, kv.rows["tokens_query"], newest, self.threshold)
                 old = kv.rows["tokens"], kv.rows["tokens_count"]
@@ -227,7 +235,8 @@ class TokenSelect(Patch):
         part = kv
         if self.repositions:
             q, part = ctx.turn(q, self.n_local - newest[:, None]), replace(kv, k=self._raw(kv, ctx))
-        index, count = top_slots.run(self.votes(q, part, newest, like), self.top_k, old=old, skip=like)
+        votes = self.votes(q, part, newest, like, ctx.shard)
+        index, count = top_slots.run(votes, self.top_k, old=old, skip=like)
         kv.rows["tokens"], kv.rows["tokens_count"] = index, count
         return index, count
 
@@ -245,10 +254,13 @@ class TokenSelect(Patch):
         steps, hits = kv.rows["tokens_tally"].sum(0)
         ctx.report["sparse steps"], ctx.report["hit rate"] = kv.rows["tokens_tally"][:, 0], hits / steps.clamp(min=1)
 
-    def votes(self, q: Tensor, kv: KV, newest: Tensor, skip: Tensor | None = None) -> Tensor:
+    def votes(
+        self, q: Tensor, kv: KV, newest: Tensor, skip: Tensor | None = None, shard: Shard | None = None
+    ) -> Tensor:
         """fp32 [B, S]: votes for the tokens between the first and the last ones, -inf elsewhere.
 
         q: [B, Hq, 1, D]; newest: int [B], position of q; skip: bool [B], rows of which nothing is asked.
+        shard: whose heads vote besides, those of other processes; None = nobody's.
         """
         import torch
         from torch.nn.functional import max_pool1d
@@ -261,6 +273,7 @@ class TokenSelect(Patch):
             q = q.unflatten(1, (-1, kv.k.shape[1])).transpose(1, 2).flatten(1, 2)
         if self.selection == "soft_vote":
             found = votes.run(q, kv.k, first=self.n_init, end=newest, late=late, skip=skip)[:, 0]
+            found = found if shard is None else shard.sum(found)
             if self.pool_kernel == 1:
                 return found
         slot = torch.arange(kv.S, device=q.device)
@@ -270,6 +283,7 @@ class TokenSelect(Patch):
             logits = matmul(operand(packed), operand(kv.k).transpose(-1, -2)).float().flatten(1, 2)  # [B, Hq, S]
             logits = torch.where(between[:, None], logits, float("-inf"))  # also replaces NaN of free slots
             found = logits.sum(1) if self.selection == "logit_sum" else lists.top_k(logits, self.top_k).sum(1).float()
+            found = found if shard is None else shard.sum(found)
             found = torch.where(between, found, float("-inf"))
         if self.pool_kernel > 1:
             found = max_pool1d(found[:, None], self.pool_kernel, 1, self.pool_kernel // 2)[:, 0]

@@ -45,6 +45,7 @@ class XAttention(Patch):
 
     title = "XAttention"
     paper = "arXiv 2503.16428"
+    tensor_parallel = True
     stage = "prefill"
     phases = frozenset({"prefill"})
 
@@ -75,13 +76,15 @@ class XAttention(Patch):
 
         if not isinstance(self.threshold, (list, tuple)):
             return float(self.threshold)
-        shape, wanted = (len(self.threshold), len(self.threshold[0])), (ctx.n_layers, q.shape[1])
+        shape, wanted = (len(self.threshold), len(self.threshold[0])), (
+            ctx.n_layers, ctx.shard.count(q.shape[1])
+        )  # fmt: skip
         if shape != wanted:
             raise ConfigError(
                 f"{self.name}: the threshold table is {shape[0]} layers x {shape[1]} heads, the model has {wanted[0]} "
                 f"patched layers x {wanted[1]} query heads; give a table of that size, or one number."
             )
-        row = torch.tensor(self.threshold[ctx.layer], dtype=compute_dtype(q))
+        row = torch.tensor(ctx.shard.part(self.threshold[ctx.layer], q.shape[1]), dtype=compute_dtype(q))
         return row.to(q.device, non_blocking=True)[:, None]  # a blocking copy would wait for the device
 
     def _stripes(self, q: Tensor, kv: KV, ctx: Ctx, threshold: Tensor | float) -> Iterator[Selection]:

@@ -50,6 +50,7 @@ class ZeroTuning(Patch):
 
     title = "ZeroTuning"
     paper = "arXiv 2505.11739"
+    tensor_parallel = True
     stage = "calibrate"
 
     def __post_init__(self) -> None:
@@ -119,7 +120,7 @@ class ZeroTuning(Patch):
 
         from attnpatch.decisions import ColumnReweight
 
-        factors = self._factors(q.shape[1], ctx)
+        factors = ctx.shard.part(self._factors(ctx.shard.count(q.shape[1]), ctx), q.shape[1])
         if all(x == 1 for x in factors):
             return None
         first = torch.zeros(1, 1, 1, dtype=torch.int32, device=q.device)

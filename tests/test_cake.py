@@ -13,6 +13,7 @@ from test_methods import feed, held, left_padded, naive_attention, prompt, qkv
 
 import attnpatch
 from attnpatch.engine.call import KV
+from attnpatch.engine.shards import WHOLE
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import column_sums, window_stats
 
@@ -289,7 +290,7 @@ def test_12_layers_do_not_depend_on_the_order_of_heads():
         mixed = q.unflatten(1, (4, 2))[:, heads].flatten(1, 2)
         kv = KV(k[:, heads], k[:, heads], torch.arange(60, dtype=torch.int32)[None, None])
         tail, tail_pos = mixed[:, :, -8:], torch.arange(52, 60)[None]
-        ctx = SimpleNamespace(last_queries=lambda t=tail, p=tail_pos: (t, p), scaling=0.25, softcap=None)
+        ctx = SimpleNamespace(last_queries=lambda t=tail, p=tail_pos: (t, p), scaling=0.25, softcap=None, shard=WHOLE)
         CAKE(budget=20, window_size=8).score(kv, ctx)
         assert kv.state["preference"].item() == pytest.approx(p, rel=1e-4)
 

@@ -134,7 +134,7 @@ def _patched(
     observers = plan.observers[call.phase] if ordinal is not None else ()
     custom = _custom_mask(call, layer, order, q, keeper)
     ctx = Ctx(ordinal or 0, len(plan.covered), call.phase, event, q_pos, (), scaling, softcap, None, custom)
-    ctx.index = index
+    ctx.index, ctx.shard = index, plan.shard.fitting(q.shape[1])
     if plan.rope is not None:
         ctx.turn = lambda x, by: plan.rope.turn(x, index, by)
         ctx.back = lambda x: call.unturned(x, index)
@@ -230,6 +230,7 @@ def _complete(call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor) -> Non
         ctx.prompt_len = call.prompt_len
         ctx.bytes_per_token = float(
             (kv.k.shape[1] * kv.k.shape[3] * kv.k.element_size() + kv.v.shape[1] * kv.v.shape[3] * kv.v.element_size())
+            * ctx.shard.size
             * ctx.n_layers
         )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnpatch import breakeven
+from attnpatch.engine.shards import WHOLE, Shard
 from attnpatch.engine.tally import Tally
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import dense
@@ -35,6 +36,7 @@ class Plan:
     covered: tuple[int, ...]  # layer indices the methods act on, ascending
     config: Any  # the decoder's config
     rope: Any = None  # Rope, where a method re-numbers positions
+    shard: Shard = WHOLE  # heads of this process
 
     def __deepcopy__(self, memo: dict) -> Plan:
         return self  # a copied cache still belongs to the same patched model
@@ -132,6 +134,7 @@ class Ctx:
     untouched: tuple[bool, ...] = ()  # rows that keep all they hold, whatever the budget
     at: Any = None  # at(j): KV of covered layer j as it is now, for decisions on earlier layers
     index: int = 0  # the layer's number in the model, as profiles count
+    shard: Shard = WHOLE  # which of the layer's heads are here, under tensor parallelism
 
     def last_queries(self) -> tuple[Tensor, Tensor]:
         """`tail` and `tail_pos`. Raises ConfigError where there are none (a probe without them)."""
@@ -156,7 +159,7 @@ class Ctx:
 
         Equal in any batch, padding or chunking: a counter-based hash (splitmix64's finaliser on 63 bits).
         """
-        head = torch.arange(pos.shape[1], device=pos.device)[None, :, None]
+        head = torch.arange(pos.shape[1], device=pos.device)[None, :, None] + self.shard.first(pos.shape[1])
         fixed = (self.layer * 8_191_000_017 + seed * 1_000_000_000_039) % (2**61 - 1)  # any seed fits
         x = pos.long() + head * 1_000_003 + fixed
         for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):

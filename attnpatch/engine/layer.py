@@ -346,8 +346,8 @@ class PatchLayer(DynamicLayer):
         elif keep.index is not None:
             aligned, lost = self.aligned, keep.index.shape[-1] < self.held
             self._pick(keep.index, None if keep.count is None else keep.count.to(torch.int32), following)
-            if before is not None:  # rows that fit lose nothing; a prompt may wait for the device
-                rows = (self._counts() < before).any(-1)  # [B]
+            if before is not None or keep.loses is not None:  # rows that fit lose nothing; a prompt may wait
+                rows = (self._counts() < before).any(-1) if keep.loses is None else keep.loses  # type: ignore[operator]
                 turns, lost = torch.where(rows, turn, self.compressed_turn), bool(rows.any())
             if not lost:
                 self._set_pos(None if aligned else self._pos, following)

@@ -10,9 +10,9 @@ The embedded model, which only knows its own three tasks, on
 - `calibrate:PATCH:SEARCH:SET`: `attnpatch calibrate` on short tasks (several joined by +: a pool), half of the
   samples held out.
 
-What is done is written at once and not run again; --seconds ends a run before its next text or part. FOLDER has the sets
-in folders of their own (`longbench_mini`, `bamboo`, `babi`, `books`, `short_tasks`). `--parts` chooses some; `--quick` is
-a dry run.
+What is done is written at once and not run again; --seconds ends a run before its next text or part. FOLDER has the
+sets in folders of their own (`longbench_mini`, `bamboo`, `babi`, `books`, `short_tasks`). `--parts` chooses some;
+`--quick` is a dry run.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Bench:
         """The figures of a part, on top of those it had. Raises ConfigError for one that does not exist."""
         kind, *rest = part.split(":")
         if kind == "hidden" and len(rest) == 3:
-            return self.hidden(*rest, before.get("rows", []), left)
+            return self.hidden(rest[0], rest[1], rest[2], before.get("rows", []), left)
         if kind == "sets" and len(rest) == 1:
             return self.sets(*rest)
         if kind == "calibrate" and len(rest) == 3:

@@ -4,9 +4,9 @@ The embedded model, which only knows its own three tasks, on
 - `sets:NAMES` (joined by +): files of public evaluation sets, dense and InfiniRetri on the same questions, as
   `attnpatch evaluate` asks them (prompts beyond --window tokens lose their middle, for both);
 - `hidden:KIND:CHARACTERS:READER`: facts hidden in held-out books. KIND babi: the sentences of a bAbI story (qa1),
-  spread over the text in their order; code: one sentence in the wording that the model was trained on. READER is
-  `last` or a layer's number (InfiniRetri), or `dense-TOKENS` (the text's middle cut out until the prompt has so many).
-  Counted: whether the sentence that holds the answer is in what the model answers from, and right answers;
+  spread over the text in their order; code: one sentence, asked for in the wording that the model was trained on.
+  READER is `last` or a layer's number (InfiniRetri), or `dense-TOKENS` (the text's middle cut out until the prompt has
+  so many). Counted: the sentence with the answer is in what the model answers from; right answers;
 - `calibrate:PATCH:SEARCH:SET`: `attnpatch calibrate` on short tasks (several joined by +: a pool), half of the
   samples held out.
 
@@ -59,6 +59,7 @@ CALIBRATED = (
 PARTS = (
     *(f"calibrate:{x}" for x in CALIBRATED), *(f"sets:{x}" for x in SETS), *(f"hidden:{x}" for x in HIDDEN),
 )  # fmt: skip
+TEMPLATES = {"babi": TEMPLATE, "code": "{context}\n\n{question}"}
 HELD_OUT_BOOKS = ("books_06", "books_07")  # the shards that the embedded model was not trained on
 
 
@@ -148,7 +149,7 @@ class Bench:
     def _retrieved(self, sample: Sample, layer: int | None) -> tuple[str, str, int]:
         found = retrieve(
             self.model, self.tokenizer, sample.context, sample.questions[0], layer=layer,
-            max_new_tokens=sample.max_new_tokens,
+            max_new_tokens=sample.max_new_tokens, template=sample.template,
         )  # fmt: skip
         return found.context, found.answer, found.prompt_tokens
 
@@ -213,7 +214,7 @@ def _hidden(
         at, depth = place, place / size if line == fact else depth
     return Sample(
         id=f"{kind}-{number}", task=kind, context="".join([*made, text[at:]]).strip(), questions=(question,),
-        answers=((answer,),), metric="string_match_all", max_new_tokens=12, template=TEMPLATE,
+        answers=((answer,),), metric="string_match_all", max_new_tokens=12, template=TEMPLATES[kind],
         meta={"fact": fact, "depth": round(depth, 3)},
     )  # fmt: skip
 

@@ -88,14 +88,15 @@ class Calibration:
 
 
 def calibrate(
-    model: Any, tokenizer: Any, patch: str, samples: str | Path | Sequence[Sample], out: str | Path, *,
+    model: Any, tokenizer: Any, patch: str, samples: str | Path | Sequence[str | Path | Sample], out: str | Path, *,
     search: str = "supervised", count: int | None = None, held_out: float = 0.5, seed: int = 0, chat: bool = False,
     batch_tokens: int = 8192, callback: Callable[[str, str, int], None] | None = None, **settings: Any,
 ) -> Calibration:  # fmt: skip
     """Search what `patch` ("zerotuning", "act") needs on samples of a task, and write a profile to the folder `out`.
 
-    samples: a .jsonl file or `Sample`s (see attnpatch.samples). count: how many are drawn (None = the method's usual
-    number, or all there are); the share `held_out` of them is kept from the search and used for the report.
+    samples: a .jsonl file, `Sample`s (see attnpatch.samples), or several files: a pool of tasks, found and reported
+    over all. count: how many are drawn, of each file (None = the method's usual number, or all there are); the share
+    `held_out` of them is kept from the search and used for the report.
     search: "supervised" goes by right answers, "unsupervised" by the entropy of the next token. chat: prompts go
     through the chat template. batch_tokens: most tokens of a batch. callback(part, candidate, trials done) is called
     before each trial. settings: those of the method's search (`settings_of(patch)` names them).
@@ -115,8 +116,9 @@ def calibrate(
     base = unwrap(model)
     if hasattr(base, "_attnpatch"):
         raise PatchStateError("calibrate needs the un-patched model; call unpatch_model(model) first.")
-    given = _samples(samples, search == "supervised")
-    drawn = dict(zip((SEARCH, HELD_OUT), split(given, count or searcher.samples, held_out, seed), strict=True))
+    given = _sets(samples, search == "supervised")
+    halves = zip(*(split(rows, count or searcher.samples, held_out, seed) for rows in given), strict=True)
+    drawn = {part: [x for rows in half for x in rows] for part, half in zip((SEARCH, HELD_OUT), halves, strict=True)}
     parts = {name: encode(tokenizer, rows, chat) for name, rows in drawn.items()}
     metric = _metric(searcher, parts, search)
     about = {
@@ -139,8 +141,7 @@ def calibrate(
     result = {part: [{**asdict(c), "verdict": c.verdict} for c in cs] for part, cs in changes.items()}
     extra = {"hyperparameters": found.hyperparameters, "found": found.summary, "result": result}
     folder = Profile(patch, found.tensors, structure(base.config), {**about, **extra}).save(out)
-    if count is not None and count > len(given):
-        found.notes.append(f"{count} samples were asked for, {len(given)} are there")
+    found.notes += [f"{count} samples were asked for, {len(x)} are there" for x in given if (count or 0) > len(x)]
     found.notes += doubts(metric, changes[HELD_OUT], found.patch)
     seconds = time.monotonic() - started
     return Calibration(
@@ -218,15 +219,20 @@ def _check(search: str, count: int | None, held_out: float, batch_tokens: int) -
         raise ConfigError(f"batch_tokens={batch_tokens} is too small; it must be at least 1.")
 
 
-def _samples(samples: Any, labelled: bool) -> list[Sample]:
-    if isinstance(samples, (str, Path)):
-        return read_samples(samples, labelled)
-    given = list(samples)
-    if wrong := [x for x in given if not isinstance(x, Sample)]:
-        raise InputError(f"samples holds a {type(wrong[0]).__name__}; give the path of a .jsonl file, or Samples.")
-    if labelled and (bare := [i for i, x in enumerate(given) if x.answer is None]):
+def _sets(samples: Any, labelled: bool) -> list[list[Sample]]:
+    """The samples of each file; those given as such are one set."""
+    paths: list[Any] = [samples] if isinstance(samples, (str, Path)) else list(samples)
+    if paths and all(isinstance(x, (str, Path)) for x in paths):
+        if twice := sorted({str(x) for x in paths if paths.count(x) > 1}):
+            raise ConfigError(f"{twice[0]} is named twice; name each file of samples once.")
+        return [read_samples(path, labelled) for path in paths]
+    if wrong := [x for x in paths if not isinstance(x, Sample)]:
+        raise InputError(
+            f"samples holds a {type(wrong[0]).__name__}; give the path of a .jsonl file, several paths, or Samples."
+        )
+    if labelled and (bare := [i for i, x in enumerate(paths) if x.answer is None]):
         raise InputError(f"samples[{bare[0]}] has no answer, which a supervised search needs; search unsupervised.")
-    return given
+    return [paths]
 
 
 def _metric(searcher: Search, parts: dict[str, Any], search: str) -> str:

@@ -15,7 +15,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Sample:
     answer: str | None = None
     labels: tuple[str, ...] = ()
     line: int = 0  # in its file, from 1
+    file: str = field(default="", compare=False)
 
 
 class _Bad(Exception):
@@ -54,7 +55,7 @@ def read_samples(path: str | Path, labelled: bool = False) -> list[Sample]:
                 raise _Bad("it has no answer, which a supervised search needs; add it, or search unsupervised")
         except _Bad as error:
             raise InputError(f"{source}, line {number}: {error}.") from None
-        samples.append(sample)
+        samples.append(replace(sample, file=str(source)))
     if not samples:
         raise InputError(f"{source} holds no samples; write one JSON object a line, such as {_EXAMPLE}.")
     return samples

@@ -351,7 +351,11 @@ def _seam(prompt: list[int], whole: list[list[int]], sample: Sample) -> int:
 
 
 def _of(sample: Sample) -> str:
-    return f"the sample of line {sample.line}" if sample.line else f"the sample {sample.prompt[:40]!r}"
+    return (
+        f"the sample of line {sample.line}{' of ' + sample.file if sample.file else ''}"
+        if sample.line
+        else f"the sample {sample.prompt[:40]!r}"
+    )
 
 
 def fingerprint(model: Any, parts: dict[str, list[Encoded]]) -> dict[str, str]:

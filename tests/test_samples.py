@@ -162,7 +162,7 @@ def test_samples_that_do_not_fit(tmp_path):
     model, bare = tiny("llama"), [Sample("w3 w4")] * 8
     with pytest.raises(InputError, match=r"samples\[0\] has no answer"):
         calibrate(model, Words(), "act", bare, tmp_path / "p")
-    with pytest.raises(InputError, match="samples holds a str"):
+    with pytest.raises(InputError, match="w3 is no file; give a .jsonl file"):
         calibrate(model, Words(), "act", ["w3"], tmp_path / "p")
     unlabelled = [Sample("w3 w4", " w5")] * 8
     with pytest.raises(ConfigError, match="needs samples with labels"):

@@ -13,13 +13,16 @@ from attnpatch.cli import _common as c
 def calibrate(
     model: c.ModelOption,
     patch: Annotated[str, typer.Option("--patch", help="zerotuning or act.")],
-    data: Annotated[str, typer.Option("--data", help="A .jsonl (or .jsonl.gz) file with a sample on each line.")],
+    data: Annotated[
+        list[str], typer.Option("--data", help="A .jsonl (or .jsonl.gz) file with a sample a line; several: one pool.")
+    ],
     out: Annotated[str, typer.Option("--out", help="The profile's folder; an interrupted calibration goes on there.")],
     search: Annotated[
         str, typer.Option("--search", help="supervised (right answers) or unsupervised (next-token entropy).")
     ] = "supervised",
     samples: Annotated[
-        int | None, typer.Option("--samples", min=4, help="Samples drawn. Default: the method's number, or all.")
+        int | None,
+        typer.Option("--samples", min=4, help="Samples drawn, of each file. Default: the method's number, or all."),
     ] = None,
     held_out: Annotated[
         float, typer.Option("--held-out", help="Share of them kept from the search, for the report.")
@@ -43,12 +46,13 @@ def calibrate(
 
     values = dict(parse_setting(text) for text in settings or [])
     build(searcher_of(patch), values)  # type: ignore[arg-type]  # before the model is loaded
-    given = read_samples(data, labelled=search == "supervised")
+    for path in data:
+        read_samples(path, labelled=search == "supervised")
     loaded, tokenizer = c.load_model(model, dtype, device_map)
     shown = _Progress(not as_json and sys.stderr.isatty())
     try:
         found = run(
-            loaded, tokenizer, patch, given, out, search=search, count=samples, held_out=held_out, seed=seed, chat=chat,
+            loaded, tokenizer, patch, data, out, search=search, count=samples, held_out=held_out, seed=seed, chat=chat,
             batch_tokens=batch_tokens, callback=shown, **values,
         )  # fmt: skip
     except KeyboardInterrupt:

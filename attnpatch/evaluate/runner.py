@@ -28,6 +28,11 @@ class Run:
     label: str
     patches: tuple[Patch, ...] = ()
 
+    @property
+    def reads_on(self) -> bool:
+        """Whether its method reads texts of any length, beyond the model's window."""
+        return any(p.stage == "retrieve" for p in self.patches)
+
     def as_dict(self) -> dict[str, Any]:
         return {"label": self.label, "patches": {p.name: p.hyperparameters() for p in self.patches}}
 
@@ -86,6 +91,7 @@ class Runner:
         limit = options.max_length or positions(self.model)
         o = options
         self.encoder = Encoder(tokenizer, o.chat, o.protocol, o.truncate, limit, o.questions)
+        self.unlimited = Encoder(tokenizer, o.chat, o.protocol, questions=o.questions)
         self.plain = Encoder(tokenizer, False, "query-aware", o.truncate, limit, o.questions)  # text to be scored
         self.device = input_device(self.model)
         self.ends, self.windows = feeding.ends(self.model), feeding.has_windows(self.model)
@@ -96,11 +102,13 @@ class Runner:
     def new_tokens(self, sample: Sample) -> int:
         return self.options.max_new_tokens or sample.max_new_tokens
 
-    def encode(self, sample: Sample) -> Encoded:
+    def encode(self, sample: Sample, whole: bool = False) -> Encoded:
+        """Its prompts; whole: as long as they are, for a method that reads texts of any length."""
         if sample.metric == likelihood.METRIC:
             return self.plain.encode(sample, 0)
         several = len(sample.questions) if self.options.questions == "turns" else 1
-        return self.encoder.encode(sample, self.new_tokens(sample) * several)
+        encoder = self.unlimited if whole else self.encoder
+        return encoder.encode(sample, self.new_tokens(sample) * several)
 
     # ---- asking ----------------------------------------------------------------------------------------------
     def ask(self, batch: Sequence[Encoded]) -> list[Reply]:
@@ -259,8 +267,9 @@ def evaluate(
         for batch in work:
             for run in runs:
                 if not all(ledger.has((run.label, e.sample.task, e.sample.id)) for e in batch):
+                    asked = [runner.encode(e.sample, whole=True) for e in batch] if run.reads_on else batch
                     with _patched(model, run, tokenizer):
-                        ledger.add(_asked(runner, batch, run.label))
+                        ledger.add(_asked(runner, asked, run.label))
                 if progress is not None:
                     progress(run, at + len(batch), total)
             at += len(batch)

@@ -387,8 +387,14 @@ def test_refuses_models_that_do_not_fit():
         ("snapkv+snapkv", {}, "named twice"),
         ("snapkv+h2o", {"budget": 9}, "belongs to"),
         ("snapkv", {"layers": [9]}, "layers 0..3"),
+        ("snapkv", {"layers": []}, r"layers=\[\] names no layer"),
+        ("snapkv", {"layers": 3}, "layers=3 names no layer"),
+        ("snapkv", {"budget": 64, "snapkv": {"budget": 80}}, "'budget' is given twice"),
+        ("snapkv", {"window_size": 8, "snapkv": {"window_size": 8}}, "'window_size' is given twice"),
+        ("snapkv", {"snapkv": 3}, "as a dict"),
         (3, {}, "is not a patch"),
         ([], {}, "no patch given"),
+        (["snapkv", None], {}, "the list holds None"),
     ],
 )
 def test_bad_configuration(model, patch, kwargs, words):
@@ -657,6 +663,35 @@ def test_status_of_a_model_whose_first_layer_has_no_attention():
             report = attnpatch.status(model)
     assert [layer.held for layer in report.layers if layer.covered] == [12]
     torch.testing.assert_close(out.logits, expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "bamba"])
+def test_refuses_models_without_attention(kind):
+    model = from_config(kind, **({"attn_layer_indices": None} if kind == "bamba" else {}))
+    with pytest.raises(UnsupportedModelError, match="no layer keeps keys and values"):
+        attnpatch.patch_model(model, "snapkv")
+    assert not hasattr(model, "_attnpatch")
+
+
+def test_refuses_attention_computed_twice_a_layer():
+    model = from_config("diffllama")
+    with attnpatch.patched(model, "snapkv", budget=400), pytest.raises(UnsupportedModelError, match="more than once"):
+        model(prompt())
+
+
+def test_refuses_a_cache_whose_forward_broke_off(model):
+    def fail(*args):
+        raise MemoryError
+
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        cache = attnpatch.PatchCache(model)
+        model(prompt(), **{CACHE: cache})
+        hook = model.model.layers[2].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model(prompt()[:, :1], **{CACHE: cache})
+        hook.remove()
+        with pytest.raises(PatchStateError, match="broke off"):
+            model(prompt()[:, :1], **{CACHE: cache})
 
 
 def test_refuses_families_it_would_compute_wrongly():

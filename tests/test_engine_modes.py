@@ -351,6 +351,23 @@ def test_refuses_training_attentions_and_bad_masks(model):
             model(prompt(), attention_mask=torch.full((1, 40), float("nan")))
         with pytest.raises(InputError, match="empty"):
             greedy(model, prompt()[:, :0])
+        with pytest.raises(InputError, match="empty"):
+            model(prompt()[:0])
+
+
+@pytest.mark.parametrize("call", [greedy, lambda model, ids, **kw: model(ids, **kw)], ids=["generate", "forward"])
+@pytest.mark.parametrize("shape", [(2, 40), (1, 39)], ids=["rows", "short"])
+def test_refuses_masks_that_do_not_fit(model, call, shape):
+    with attnpatch.patched(model, "snapkv", **SNAP), pytest.raises(InputError, match="does not fit a prompt"):
+        call(model, prompt(), attention_mask=torch.ones(shape, dtype=torch.long))
+
+
+def test_refuses_another_batch_on_a_cache(model):
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        cache = attnpatch.PatchCache(model)
+        model(prompt(), **{CACHE: cache})
+        with pytest.raises(InputError, match="holds 1 rows and 2 were given"):
+            model(prompt(2)[:, :1], **{CACHE: cache})
 
 
 def test_refuses_models_that_do_not_fit():

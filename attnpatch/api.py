@@ -36,6 +36,8 @@ def resolve(
         raise ConfigError(
             f"{patch!r} is not a patch; give a name ('snapkv'), 'a+b', a list, a Patch object, a Recipe or its path."
         )
+    if wrong := [p for p in parts if not isinstance(p, (str, Patch))]:
+        raise ConfigError(f"the list holds {wrong[0]!r}, which is no patch; list names ('snapkv') or Patch objects.")
     classes = [get_patch(p) if isinstance(p, str) else type(p) for p in parts]
     own = _assign(classes, budget, values)
     built = []
@@ -58,7 +60,6 @@ def _assign(classes: list[type[Patch]], budget: Any, values: dict[str, Any]) -> 
         if key in names:
             if not isinstance(value, dict):
                 raise ConfigError(f"{key}={value!r}: give the hyperparameters as a dict: {key}={{'name': value}}.")
-            own[names.index(key)].update(value)
             continue
         owners = [i for i, c in enumerate(classes) if key in {f.name for f in fields(c)}]
         if len(owners) > 1:
@@ -70,6 +71,10 @@ def _assign(classes: list[type[Patch]], budget: Any, values: dict[str, Any]) -> 
             allowed = sorted({f.name for c in classes for f in fields(c)})
             raise ConfigError(f"{'+'.join(names)} has no hyperparameter {key!r}; allowed: {', '.join(allowed)}.")
         own[owners[0]][key] = value
+    for name, mine in zip(names, own, strict=True):
+        if twice := sorted(mine.keys() & values.get(name, {}).keys()):
+            raise ConfigError(f"{name}: {twice[0]!r} is given twice, bare and in {name}={{...}}; give it once.")
+        mine.update(values.get(name, {}))
     return own
 
 

@@ -351,6 +351,23 @@ def test_refuses_training_attentions_and_bad_masks(model):
             model(prompt(), attention_mask=torch.full((1, 40), float("nan")))
         with pytest.raises(InputError, match="empty"):
             greedy(model, prompt()[:, :0])
+        with pytest.raises(InputError, match="empty"):
+            model(prompt()[:0])
+
+
+@pytest.mark.parametrize("call", [greedy, lambda model, ids, **kw: model(ids, **kw)], ids=["generate", "forward"])
+@pytest.mark.parametrize("shape", [(2, 40), (1, 39)], ids=["rows", "short"])
+def test_refuses_masks_that_do_not_fit(model, call, shape):
+    with attnpatch.patched(model, "snapkv", **SNAP), pytest.raises(InputError, match="does not fit a prompt"):
+        call(model, prompt(), attention_mask=torch.ones(shape, dtype=torch.long))
+
+
+def test_refuses_another_batch_on_a_cache(model):
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        cache = attnpatch.PatchCache(model)
+        model(prompt(), **{CACHE: cache})
+        with pytest.raises(InputError, match="holds 1 rows and 2 were given"):
+            model(prompt(2)[:, :1], **{CACHE: cache})
 
 
 def test_refuses_models_that_do_not_fit():
@@ -387,8 +404,14 @@ def test_refuses_models_that_do_not_fit():
         ("snapkv+snapkv", {}, "named twice"),
         ("snapkv+h2o", {"budget": 9}, "belongs to"),
         ("snapkv", {"layers": [9]}, "layers 0..3"),
+        ("snapkv", {"layers": []}, r"layers=\[\] names no layer"),
+        ("snapkv", {"layers": 3}, "layers=3 names no layer"),
+        ("snapkv", {"budget": 64, "snapkv": {"budget": 80}}, "'budget' is given twice"),
+        ("snapkv", {"window_size": 8, "snapkv": {"window_size": 8}}, "'window_size' is given twice"),
+        ("snapkv", {"snapkv": 3}, "as a dict"),
         (3, {}, "is not a patch"),
         ([], {}, "no patch given"),
+        (["snapkv", None], {}, "the list holds None"),
     ],
 )
 def test_bad_configuration(model, patch, kwargs, words):
@@ -657,6 +680,35 @@ def test_status_of_a_model_whose_first_layer_has_no_attention():
             report = attnpatch.status(model)
     assert [layer.held for layer in report.layers if layer.covered] == [12]
     torch.testing.assert_close(out.logits, expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "bamba"])
+def test_refuses_models_without_attention(kind):
+    model = from_config(kind, **({"attn_layer_indices": None} if kind == "bamba" else {}))
+    with pytest.raises(UnsupportedModelError, match="no layer keeps keys and values"):
+        attnpatch.patch_model(model, "snapkv")
+    assert not hasattr(model, "_attnpatch")
+
+
+def test_refuses_attention_computed_twice_a_layer():
+    model = from_config("diffllama")
+    with attnpatch.patched(model, "snapkv", budget=400), pytest.raises(UnsupportedModelError, match="more than once"):
+        model(prompt())
+
+
+def test_refuses_a_cache_whose_forward_broke_off(model):
+    def fail(*args):
+        raise MemoryError
+
+    with attnpatch.patched(model, "snapkv", **SNAP):
+        cache = attnpatch.PatchCache(model)
+        model(prompt(), **{CACHE: cache})
+        hook = model.model.layers[2].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model(prompt()[:, :1], **{CACHE: cache})
+        hook.remove()
+        with pytest.raises(PatchStateError, match="broke off"):
+            model(prompt()[:, :1], **{CACHE: cache})
 
 
 def test_refuses_families_it_would_compute_wrongly():

@@ -9,7 +9,7 @@ import torch
 from attnpatch.engine.call import KV, Call, Ctx
 from attnpatch.engine.layer import PatchLayer
 from attnpatch.engine.terms import DENSE, attend, reweigh, with_extra
-from attnpatch.errors import PatchStateError, UnsupportedModeError, UnsupportedModelError
+from attnpatch.errors import InputError, PatchStateError, UnsupportedModeError, UnsupportedModelError
 from attnpatch.executors import dense, dispatch
 
 if TYPE_CHECKING:
@@ -58,10 +58,29 @@ def attention(
         call.take_4d(attention_mask)
     layer = call.cache.layers[module.layer_idx] if call.cache is not None else None
     if isinstance(layer, PatchLayer):
+        _check_in_step(layer, call, module.layer_idx, key.shape[0])
         layer.update(key, value)  # a forward without use_cache has not called it
         return _patched(call, layer, module.layer_idx, query, key, value, scaling, softcap), None
     window = call.plan.facts[module.layer_idx].window if sliding_window is None else sliding_window
     return _stock(call, query, key, value, scaling, softcap, window), None
+
+
+def _check_in_step(layer: PatchLayer, call: Call, index: int, batch: int) -> None:
+    if layer.seen == call.after:
+        raise UnsupportedModelError(
+            f"layer {index} computes attention more than once a forward (differential attention?), which attnpatch "
+            "does not know; unpatch_model(model) and use the model as it is."
+        )
+    if layer.seen != call.before:
+        raise PatchStateError(
+            f"layer {index} holds {layer.seen} tokens where others hold {call.before}: an earlier forward on this "
+            "cache broke off in its midst; start a new PatchCache(model)."
+        )
+    if layer.seen and layer.packed is None and layer.keys.shape[0] != batch:
+        raise InputError(
+            f"the cache holds {layer.keys.shape[0]} rows and {batch} were given; "
+            "feed as many, or start a new PatchCache(model)."
+        )
 
 
 def _check_keywords(kwargs: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -332,10 +332,12 @@ def resolve_layers(layers: Sequence[int] | None, facts: Sequence[LayerFact]) -> 
     n = len(facts)
     if layers is None:
         return tuple(f.index for f in facts if not f.reason)
+    if not isinstance(layers, Iterable) or not (layers := list(layers)):
+        raise ConfigError(f"layers={layers!r} names no layer; give a list of 0..{n - 1}, or leave it out for all.")
     chosen = []
     for index in layers:
         if isinstance(index, bool) or not isinstance(index, int) or not -n <= index < n:
-            raise ConfigError(f"layers={list(layers)!r}: {index!r} is not a layer; the model has layers 0..{n - 1}.")
+            raise ConfigError(f"layers={layers!r}: {index!r} is not a layer; the model has layers 0..{n - 1}.")
         chosen.append(index % n)
     if unfit := [i for i in chosen if facts[i].reason]:
         raise ConfigError(f"layer {unfit[0]} cannot be patched ({facts[unfit[0]].reason}); leave it out of layers.")

@@ -68,6 +68,11 @@ def inspect_model(model: Any) -> tuple[Any, tuple[LayerFact, ...]]:
             f"{name} does not fit: layer {bare[0]} has no `self_attn`. Decoder-only models "
             "built like Llama, Qwen2, Qwen3, Mistral, Gemma2 or Gemma3 do; load one of those."
         )
+    if not any(f.kind in ("full", "sliding") for f in facts):
+        raise UnsupportedModelError(
+            f"{name} does not fit: no layer keeps keys and values of attention (its layers are {facts[0].kind}). "
+            "Decoder-only models built like Llama, Qwen2, Qwen3, Mistral, Gemma2 or Gemma3 do; load one of those."
+        )
     return decoder, facts
 
 

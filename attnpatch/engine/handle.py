@@ -123,9 +123,7 @@ class Handle:
             )
         embeds = kwargs.get("inputs_embeds")
         inputs = embeds if embeds is not None else kwargs.get("input_ids")
-        if inputs is None or inputs.shape[1] == 0:
-            raise InputError("the prompt is empty; pass at least one token.")
-        check_mask(kwargs.get("attention_mask"))
+        check_inputs(inputs, kwargs.get("attention_mask"))
         cache = compat.take_cache(kwargs)
         self.check_cache(cache)
         use_cache = kwargs.get("use_cache")
@@ -197,16 +195,16 @@ class Handle:
             )
         if kwargs.get("use_cache") is False or (kwargs.get("use_cache") is None and config.use_cache is False):
             raise UnsupportedModeError("use_cache=False keeps no KV, so there is nothing to patch; leave it out.")
-        check_mask(kwargs.get("attention_mask"))
         cache = compat.take_cache(kwargs)
         self.check_cache(cache)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        given = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if isinstance(given, torch.Tensor):  # without any, generate starts from the BOS token
+            check_inputs(given, kwargs.get("attention_mask"))
         length = max(x.shape[1] if x is not None else 0 for x in (ids, kwargs.get("inputs_embeds"),
                      _two_dim(kwargs.get("attention_mask"))))  # fmt: skip
         if ids is None and kwargs.get("inputs_embeds") is None:
-            length = 1  # generate starts from the BOS token
-        elif length == 0:
-            raise InputError("the prompt is empty; pass at least one token.")
+            length = 1
         if cache is None:
             cache = PatchCache(self.plan)
         seen = cache.get_seq_length()
@@ -223,7 +221,19 @@ def _two_dim(mask: Any) -> Any:
     return mask if mask is not None and mask.ndim == 2 else None
 
 
-def check_mask(mask: Any) -> None:
-    """Raise InputError for a floating mask that holds NaN. Integer and bool masks cost nothing."""
-    if isinstance(mask, torch.Tensor) and mask.is_floating_point() and bool(torch.isnan(mask).any()):
+def check_inputs(inputs: Any, mask: Any) -> None:
+    """Raise InputError for an empty prompt, and for a mask of another batch, too short or (if floating) with NaN.
+
+    inputs: ids [B, T] or embeddings [B, T, hidden]. Integer and bool masks cost nothing.
+    """
+    if inputs is None or 0 in inputs.shape[:2]:
+        raise InputError("the prompt is empty; pass at least one token.")
+    if not isinstance(mask, torch.Tensor):
+        return
+    if mask.ndim == 2 and (mask.shape[0] != inputs.shape[0] or mask.shape[1] < inputs.shape[1]):
+        raise InputError(
+            f"attention_mask {tuple(mask.shape)} does not fit a prompt {tuple(inputs.shape[:2])}; "
+            "pass one row for each of the batch, over all tokens, earlier turns included."
+        )
+    if mask.is_floating_point() and bool(torch.isnan(mask).any()):
         raise InputError("attention_mask holds NaN; pass 0 / 1 (or booleans): 1 for real tokens, 0 for padding.")

@@ -5,8 +5,9 @@ its tokens are right. Batches go through all methods in turn, so a run that stop
 evicting methods share one dense prefill of a batch (`attnpatch.bench.shared`), which gives the answers of plain
 `generate`. Without --methods all evicting ones run at the budgets of the table; methods that keep the whole cache
 (`--methods flexprefill hip`) run with their recipe, or with some of its values changed (`hip:mask_k=1024,sink=4`);
-evicting ones too take such values (`cake:window_size=8`). `--methods all` takes every method that needs no calibrated values. The file keeps every answer, so `--resume` goes on
-where an earlier run stopped, and `--table` prints it as a table. `--tiny` is a dry run on a random toy model.
+evicting ones too take such values (`cake:window_size=8`). `--methods all` takes every method that needs no calibrated
+values. The file keeps every answer, so `--resume` goes on where an earlier run stopped, and `--table` prints it as a
+table. `--tiny` is a dry run on a random toy model.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class CompressKV(EvictPatch):
     vote with the last `window_size` prompt queries; all KV heads keep the entries with the most votes and the window.
     The heads come from a `profile` (attnpatch profile --what semantic-heads) or a list, `heads`; "all" takes every
     head, which is SnapKV with one set a layer. `layer_scores` divides the budget by how much each layer suffers from
-    eviction (`attnpatch.profiling.layer_errors`); without it all layers get the same. Chosen here: ties go to the
+    eviction (attnpatch profile --what layer-errors); without it all layers get the same. Chosen here: ties go to the
     later token; a row whose mean budget is below `min_budget` is divided evenly; sliding-window layers have no share.
     """
 

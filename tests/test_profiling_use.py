@@ -273,12 +273,32 @@ def test_command_writes_a_profile_and_a_picture(kind, folder, tmp_path, capsys):
     assert (data["top"][0]["layer"], data["top"][0]["head"]) == best and data["kind"] == kind
 
 
+def test_command_measures_layer_errors(folder, tmp_path, capsys):
+    """The folder it writes is what compresskv divides its budget by; layers are shown, not heads."""
+    model = tiny("llama")
+    order = torch.arange(4).expand(4, 4).clone()
+    semantic = Profile("semantic-heads", {"order": order}, structure(model.config), {}).save(tmp_path / "semantic")
+    line = ("profile", "--what", "layer-errors", "--model", folder, "--out", tmp_path / "p", "--semantic", semantic)
+    line = (*line, "--trials", 2, "--tokens", 90, "--budget", 16)
+    code, out, _ = outcome(capsys, *line, "--picture", tmp_path / "errors.png")
+    assert code == 0 and "errors at 16 entries, 2 passages of 90 tokens" in out and "LAYER  ERROR" in out
+    assert (tmp_path / "errors.png").stat().st_size > 1000
+    data = json.loads(outcome(capsys, *line, "--json")[1])
+    found = Profile.load(tmp_path / "p", "layer-errors")
+    assert data["top"][0]["layer"] == int(found.tensors["error"].argmax()) and "head" not in data["top"][0]
+    given = {"heads": "all", "budget": 16, "min_budget": 10, "window_size": 8, "layer_scores": str(tmp_path / "p")}
+    with attnpatch.patched(model, "compresskv", **given), torch.no_grad():
+        kept = model(torch.arange(2, 82)[None])  # the cache lives as long as this
+        held = [layer.held for layer in attnpatch.status(model).layers]
+    assert kept is not None and sum(held) == 64 and held[data["top"][0]["layer"]] == max(held)
+
+
 def test_command_errors_are_one_line(folder, tmp_path, capsys):
     line = ("profile", "--model", folder, "--out", tmp_path / "p", "--what")
     (tmp_path / "file").write_text("x")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     for given, message in (
-        (("heads",), "choose one of sinks, retrieval-heads, semantic-heads, echo-heads, minference"),
+        (("heads",), "choose one of sinks, retrieval-heads, semantic-heads, echo-heads, layer-errors, minference"),
         (("retrieval-heads", "--trials", 3, "--tokens", 1500), "the model answered 0 of 3 trials"),
         (("retrieval-heads", "--tokens", 100), "give at least"),
         (("echo-heads", "--tokens", 7), "a block of 2 tokens, 4 times, takes 8"),
@@ -289,6 +309,10 @@ def test_command_errors_are_one_line(folder, tmp_path, capsys):
         (("sinks", "--picture", "x.txt"), "must end in one of .png, .svg, .pdf"),
         (("sinks", "--picture", tmp_path / "none" / "x.png"), "there is no folder"),
         (("sinks", "--trials", 0), "Invalid value for '--trials'"),
+        (("layer-errors",), "give --semantic FOLDER, made with: attnpatch profile --what semantic-heads"),
+        (("layer-errors", "--semantic", tmp_path / "none"), "no profile at"),
+        (("sinks", "--semantic", tmp_path), "--semantic is for --what layer-errors alone"),
+        (("sinks", "--budget", 32), "--budget is for --what layer-errors alone"),
     ):
         assert message in one_error(capsys, *line, *given)
     error = one_error(capsys, "profile", "--what", "sinks", "--model", folder, "--out", tmp_path / "file")

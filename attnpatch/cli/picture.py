@@ -23,14 +23,19 @@ def check(path: Path, option: str) -> None:
         raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it first.")
 
 
-def heat_map(path: Path, rows: list[list[float]], title: str, label: str, top: float | None = 1.0) -> None:
-    """Write rows [layers][heads] as a picture; NaN stays blank. top: value of the brightest colour, None = largest."""
+def heat_map(
+    path: Path, rows: list[list[float]], title: str, label: str, top: float | None = 1.0, across: str = "query head"
+) -> None:
+    """Write rows [layers][heads] as a picture; NaN stays blank. top: value of the brightest colour, None = largest.
+
+    across: what the columns are.
+    """
     from matplotlib import pyplot
 
     figure: Any
     figure, axes = pyplot.subplots(figsize=(2 + len(rows[0]) * 0.35, 1.5 + len(rows) * 0.35), layout="constrained")
     image = axes.imshow(rows, vmin=0, vmax=top, cmap="viridis", aspect="auto")
-    axes.set(xlabel="query head", ylabel="layer", title=title)
+    axes.set(xlabel=across, ylabel="layer", title=title)
     figure.colorbar(image, label=label)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -24,7 +24,7 @@ _NAMES = {
     "merged": "attnpatch.profiling.reading",
     "masked": "attnpatch.engine.masking",
 }
-KINDS = ("sinks", "retrieval-heads", "semantic-heads", "echo-heads", "minference")
+KINDS = ("sinks", "retrieval-heads", "semantic-heads", "echo-heads", "layer-errors", "minference")
 __all__ = [
     "KINDS", "Trial", "echo_heads", "layer_errors", "masked", "merged", "minference", "needle_trials", "ranking",
     "retrieval_heads", "retrieval_set", "semantic_heads", "sinks",

@@ -16,12 +16,18 @@ MAIN = {
     "retrieval-heads": "score",
     "semantic-heads": "score",
     "echo-heads": "induction",
+    "layer-errors": "error",
     "minference": "mass",
 }
 
 
 def figures(profile: Profile, by: str | None = None) -> Tensor:
-    """The tensor [layers, heads] of a profile that `by` names, or its kind's main one. Raises ConfigError."""
+    """The tensor [layers, heads] of a profile that `by` names, or its kind's main one. Raises ConfigError.
+
+    layer-errors: [layers, 1], for a whole layer stands in the place of a head.
+    """
+    if profile.kind == "layer-errors" and by in (None, "error") and "error" in profile.tensors:
+        return profile.tensors["error"][:, None]
     allowed = [name for name, x in profile.tensors.items() if x.ndim == 2 and x.is_floating_point()]
     name = by or MAIN.get(profile.kind, "")
     if name not in allowed:
@@ -32,7 +38,8 @@ def figures(profile: Profile, by: str | None = None) -> Tensor:
 def ranking(profile: Profile, by: str | None = None) -> list[tuple[int, int]]:
     """(layer, head) from the highest figure to the lowest; ties: the lower layer, then head. Skipped layers: absent.
 
-    by: a tensor of the profile; default `first` (sinks), `score`, `induction` (echo-heads) or `mass` (minference).
+    by: a tensor of the profile; default `first` (sinks), `score`, `induction` (echo-heads), `error` (layer-errors)
+    or `mass` (minference).
     A tensor named kv ranks KV heads.
     """
     score = figures(profile, by)

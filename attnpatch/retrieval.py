@@ -207,13 +207,16 @@ class Prompt:
     before, after: token ids around the context; rows: (first, end) of the question's rows, counted from `after`.
     """
 
-    def __init__(self, tokenizer: Any, template: str, question: str, whole_tail: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str, question: str, whole_tail: bool = True, faithful: bool = False
+    ) -> None:
+        """faithful: an empty system message also where the chat template takes it for a user's, as the package does."""
         check_template(template)
         self.tokenizer = tokenizer
         user = template.strip()
         for name, mark in _MARKS.items():
             user = user.replace(name, mark)
-        rendered = _render(tokenizer, user)
+        rendered = _render(tokenizer, user, faithful or knows_system(tokenizer))
         around = re.split("|".join(map(re.escape, _MARKS.values())), rendered)
         if len(around) != 3:
             raise ConfigError("the tokenizer's chat template drops or repeats the user's message; pass another one.")
@@ -245,19 +248,38 @@ def _joined(lists: list[list[int]]) -> list[int]:
 
 
 def _render(tokenizer: Any, user: str, system: bool = True) -> str:
-    """The chat template with an empty system message (where it takes one) and `user`; BOS + user without a template."""
+    """The chat template with an empty system message and `user`, or with `user` alone where it refuses the system's.
+
+    Without a template: BOS + user.
+    """
     if not getattr(tokenizer, "chat_template", None):
         starts = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         return (tokenizer.bos_token if starts else "") + user
+    rendered = _turns(tokenizer, [("system", ""), ("user", user)][not system :])
+    if rendered is None and system:
+        return _render(tokenizer, user, system=False)
+    if rendered is None:
+        raise ConfigError("the tokenizer's chat template refuses a user's message; pass another one.")
+    return rendered
+
+
+def _turns(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> str | None:
+    """The rendered (role, text) messages and what opens the answer; None where the template raises."""
     from jinja2 import TemplateError
 
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": user}]
+    messages = [{"role": role, "content": text} for role, text in turns]
     try:
-        return tokenizer.apply_chat_template(messages[not system :], tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError:
-        if not system:
-            raise
-        return _render(tokenizer, user, system=False)
+        return None
+
+
+def knows_system(tokenizer: Any) -> bool:
+    """Whether the chat template tells a system message from a user's; one that does not opens an empty user turn for
+    it, which a model has never seen."""
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    return _turns(tokenizer, [("system", ""), ("user", "x")]) != _turns(tokenizer, [("user", ""), ("user", "x")])
 
 
 def user_text(tokenizer: Any, ids: Tensor) -> str:

@@ -35,7 +35,9 @@ class ACT(Patch):
     Sinks are found at each prompt from that prompt's queries, and apply to all its rows. decode "frozen" keeps them
     while decoding; "running" counts every query since the start, decoded ones too, and finds them anew at each step
     (also the way to feed a prompt in chunks: a chunk's rows then follow the queries so far); "off" changes the prompt
-    only. The released code overwrites a weight with 1 while decoding; that is not done here.
+    only. The released code overwrites a weight with 1 while decoding; that is not done here. A row whose other keys
+    hold less than 0.1 % of its weight (1.6 % in bfloat16) gives them less than what the rule frees: a sum of rounding
+    errors would be blown up.
     """
 
     heads: Any = option(None, "calibrated heads: {layer: [query heads]}, a list per layer of its heads, or 'all'")

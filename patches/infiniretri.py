@@ -50,7 +50,8 @@ class InfiniRetri(Patch):
 
     It finds facts. Counting, summaries and facts that only a later one makes relevant lose by design, and text without
     。！？.?! or blank lines becomes one long sentence. faithful=True repeats the package's passes: also for a text of
-    one chunk, kept sentences decoded, joined with the next chunk and split anew.
+    one chunk, kept sentences decoded, joined with the next chunk and split anew, and an empty system message for chat
+    templates without that role.
     """
 
     window_length: int = option(1024, "new tokens read in each pass", low=1)
@@ -92,7 +93,7 @@ class InfiniRetri(Patch):
         report: Callable[[Pass], None] | None = None,
     ) -> tuple[Prompt, list[Sentence]]:  # fmt: skip
         """(the prompt around the context, the sentences kept of the text). Nothing runs if an option does not fit."""
-        prompt = Prompt(tokenizer, self.template or TEMPLATE, question, self.add_prompt)
+        prompt = Prompt(tokenizer, self.template or TEMPLATE, question, self.add_prompt, self.faithful)
         least, most = self._limits(handle, prompt)
         reader = _Passes(self, handle, tokenizer, prompt, most, report)
         waiting: list[Sentence] = []

@@ -91,7 +91,7 @@ def naive_run(model, tok, context, question, template, m, k_top, k, weights=True
             fed[0] = fed[0].lstrip()
             fed[-1] = fed[-1].rstrip() + "\n\n"
         user = template.replace("{context}", "".join(fed).strip()).replace("{question}", question.strip())
-        messages = [{"role": "system", "content": ""}, {"role": "user", "content": user}]
+        messages = [{"role": "system", "content": ""}, {"role": "user", "content": user}][not faithful :]
         whole = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         at = whole.index("".join(fed).strip())
         tail = whole[at + len("".join(fed)) :]
@@ -533,6 +533,23 @@ def test_a_chat_template_that_refuses_a_system_message(tiny, tokenizer):
     )
     prompt = retrieval.Prompt(strict, SHORT, "What?")
     assert prompt.head == "<|user|>" and prompt.tail == "\n\nWhat?<|end|><|assistant|>"
+
+
+def test_an_empty_system_message_only_where_the_template_has_that_role(tiny, tokenizer):
+    from copy import deepcopy
+
+    assert retrieval.Prompt(tokenizer, SHORT, "What?").head == "<|begin|><|user|>"
+    assert retrieval.Prompt(tokenizer, SHORT, "What?", faithful=True).head == "<|begin|><|user|><|end|><|user|>"
+    named = deepcopy(tokenizer)
+    named.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
+    assert retrieval.Prompt(named, SHORT, "What?").head == "<|system|><|end|><|user|>"
+    silent = deepcopy(tokenizer)
+    silent.chat_template = "{% for m in messages if m['role'] == 'user' %}[{{ m['content'] }}]{% endfor %}"
+    assert retrieval.Prompt(silent, SHORT, "What?").head == "["
+    refusing = deepcopy(tokenizer)
+    refusing.chat_template = "{{ raise_exception('nothing') }}"
+    with pytest.raises(ConfigError, match="refuses a user's message"):
+        retrieval.Prompt(refusing, SHORT, "What?")
 
 
 # ---- the command -------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def by_hand(model, tok, text, question):
     chunks = [c.text for c, _ in retrieval.chunks([text], tok, M)]
     check_chunks(text, chunks, lambda s: len(ids(s)))
     before, between, end = re.split(r"\{context\}|\{question\}", TEMPLATE)
-    chat = [{"role": "system", "content": ""}, {"role": "user", "content": "@@@"}]
+    chat = [{"role": "user", "content": "@@@"}]  # the embedded model's template has no system role
     opening, closing = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).split("@@@")
     question = question.strip()
     after = between + question + end + closing

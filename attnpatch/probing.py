@@ -59,8 +59,7 @@ def _call(method: Any, q: Any, k: Any, v: Any, scaling: Any, padding: Any, known
 
     from attnpatch.engine.call import KV, Ctx
 
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
-        raise InputError(f"q {tuple(q.shape)}, k {tuple(k.shape)} do not fit: give [B, Hq, T<=N, D], [B, Hkv, N, D].")
+    _check(q, k, v, padding, known)
     batch, n, rows = k.shape[0], k.shape[2], q.shape[2]
     real = torch.ones(batch, n, dtype=torch.bool, device=k.device) if padding is None else padding.bool()
     order = (~real).to(torch.uint8).argsort(dim=-1, stable=True)  # real tokens first
@@ -83,6 +82,27 @@ def _call(method: Any, q: Any, k: Any, v: Any, scaling: Any, padding: Any, known
 
     ctx.at = at
     return q_pos, kv, ctx
+
+
+def _check(q: Any, k: Any, v: Any, padding: Any, known: dict[str, Any]) -> None:
+    """Raise InputError on tensors that do not fit, ConfigError on a wrong event or layer."""
+    import torch
+
+    if not all(isinstance(x, torch.Tensor) for x in (q, k, v, *(() if padding is None else (padding,)))):
+        raise InputError("q, k, v and padding must be tensors: give [B, Hq, T<=N, D], [B, Hkv, N, D] and bool [B, N].")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    fits = q.ndim == k.ndim == v.ndim == 4 and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+    if not fits or 0 in (*q.shape, *k.shape) or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
+        raise InputError(f"{shapes} do not fit: give [B, Hq, T<=N, D], [B, Hkv, N, D].")
+    if v.shape[:3] != k.shape[:3]:
+        raise InputError(f"{shapes} do not fit: v needs k's rows, heads and length.")
+    if padding is not None and padding.shape != (k.shape[0], k.shape[2]):
+        raise InputError(f"padding {tuple(padding.shape)} does not fit k {tuple(k.shape)}: give bool [B, N].")
+    if (event := known.get("event", "prompt")) not in ("prompt", "chunk"):
+        raise ConfigError(f"event={event!r} is not allowed; choose one of 'prompt', 'chunk'.")
+    layer = known.get("layer", 0)
+    if not 0 <= layer < (n_layers := known.get("n_layers", layer + 1)):
+        raise ConfigError(f"layer={layer}, n_layers={n_layers}: layers count from 0 to n_layers - 1.")
 
 
 def _kept(decision: Any) -> Any:

@@ -152,7 +152,7 @@ def parse_recipe(text: str, label: str, name: str = "") -> Recipe:
     import yaml
 
     try:
-        data = yaml.safe_load(text)
+        data, twice = yaml.safe_load(text), _twice(yaml.compose(text, yaml.SafeLoader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
@@ -162,6 +162,8 @@ def parse_recipe(text: str, label: str, name: str = "") -> Recipe:
         raise ConfigError(f"recipe {label!r} is not a mapping; it needs at least a line 'patch: NAME'.")
     if unknown := sorted(str(k) for k in data if k not in _TYPES):
         raise ConfigError(f"recipe {label!r} has an unknown key {unknown[0]!r}; allowed: {', '.join(_TYPES)}.")
+    if twice:
+        raise ConfigError(f"recipe {label!r} gives {twice!r} twice; YAML would take the last, so give it once.")
     if "patch" not in data:
         raise ConfigError(f"recipe {label!r} lacks the key 'patch'; name a method (attnpatch list shows all).")
     if "name" not in data:
@@ -169,6 +171,16 @@ def parse_recipe(text: str, label: str, name: str = "") -> Recipe:
     recipe = Recipe(**data)
     recipe.build()
     return recipe
+
+
+def _twice(node: Any) -> str | None:
+    """A key that stands twice in one mapping of a YAML node, or None."""
+    if not isinstance(node.value if node is not None else None, list):
+        return None
+    pairs = [x if isinstance(x, tuple) else (None, x) for x in node.value]  # of a mapping, or items of a list
+    keys = [str(key.value) for key, _ in pairs if key is not None]
+    own = (key for i, key in enumerate(keys) if key in keys[:i])
+    return next(own, None) or next(filter(None, (_twice(value) for _, value in pairs)), None)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

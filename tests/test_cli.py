@@ -142,6 +142,8 @@ ERRORS = [
     (("verify", "--model", " ", "--patch", "snapkv"), "--model is empty; give a local folder"),
     (("verify", "--model", __file__, "--patch", "snapkv"), "is a file; --model takes the folder"),
     ((*V, "--device-map", "banana"), "--device-map 'banana' is not a device; choose one of cpu"),
+    ((*V, "--device-map", "meta"), "--device-map 'meta' is not a device; choose one of cpu"),
+    ((*G, "--patch", "snapkv", "--prompt", "x", "--seed", str(2**80)), "Invalid value for '--seed'"),
     ((*V, "--device-map", "cuda:99"), "--device-map cuda:99: torch can use"),
     (("demo", "--budget", "much"), "budget 'much' is not a budget"),
     (("demo", "--patch", "nothing"), "unknown patch 'nothing'"),
@@ -169,6 +171,15 @@ def test_unknown_hub_ids_say_what_they_were_taken_for(capsys, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
     error = one_error(capsys, "generate", "--model", "mymodle", "--patch", "snapkv", "--prompt", "x")
     assert "no folder 'mymodle' is here, so it was taken as a hub id" in error
+
+
+def test_the_hubs_retries_stay_off_the_terminal():
+    from logging import ERROR, getLogger
+
+    from attnpatch.cli._common import quiet
+
+    quiet()
+    assert getLogger("huggingface_hub.utils._http").getEffectiveLevel() == ERROR
 
 
 def test_debug_raises():

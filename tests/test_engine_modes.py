@@ -420,6 +420,26 @@ def test_bad_configuration(model, patch, kwargs, words):
     assert not hasattr(model, "_attnpatch")
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_status_counts_the_bytes_that_are_allocated(family):
+    """Sliding layers keep a view of the whole last chunk until they grow, a crop keeps what it hides."""
+    model = tiny(family)
+
+    def allocated():
+        return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+
+    with attnpatch.patched(model, "snapkv", **SNAP), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        for ids in (prompt(), prompt()[:, :1], prompt()[:, :1], prompt()[:, :3]):
+            model(ids, **{CACHE: cache})
+            assert attnpatch.status(model).bytes_held == allocated()
+        if family == "llama":
+            cache.crop(-2)
+            report = attnpatch.status(model)
+            assert report.bytes_held == allocated()
+            assert [layer.bytes_dense for layer in report.layers] == [43 * 2 * 2 * 16 * 4] * 4
+
+
 def test_layers_argument(model):
     with attnpatch.patched(model, "snapkv", layers=[1, -1], **SNAP):
         out = model(prompt())

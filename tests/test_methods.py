@@ -18,7 +18,7 @@ import attnpatch
 from attnpatch.decisions import KeepSet
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.engine.layer import PatchLayer
-from attnpatch.errors import ConfigError, UnsupportedModelError
+from attnpatch.errors import ConfigError, InputError, UnsupportedModelError
 from attnpatch.executors import column_sums
 
 UNPADDED = SimpleNamespace(padding=None)  # what a cache layer asks of a call
@@ -914,3 +914,22 @@ def test_real_weights(stories, patch):
     assert got.shape[0] > n and got[n] == dense[n]
     assert any(layer.bytes_held < layer.bytes_dense for layer in report.layers)
     assert torch.equal(tell(), dense)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"k": torch.zeros(2, 2, 60, 8)}, "do not fit"),
+        ({"v": torch.zeros(2, 1, 60, 16)}, "v needs k's rows"),
+        ({"q": [1.0]}, "must be tensors"),
+        ({"padding": torch.ones(1, 60, dtype=torch.bool)}, r"padding \(1, 60\) does not fit"),
+        ({"padding": torch.ones(2, 9, dtype=torch.bool)}, r"padding \(2, 9\) does not fit"),
+        ({"event": "step"}, "choose one of 'prompt', 'chunk'"),
+        ({"layer": 4, "n_layers": 4}, "layers count from 0"),
+    ],
+    ids=["k", "v", "q", "padding-rows", "padding-length", "event", "layer"],
+)
+def test_probe_refuses_what_does_not_fit(changed, words):
+    given = {"q": torch.zeros(2, 4, 60, 16), "k": torch.zeros(2, 2, 60, 16), "v": None, **changed}
+    with pytest.raises((ConfigError, InputError), match=words):
+        attnpatch.probe("pyramidkv", given.pop("q"), given.pop("k"), given.pop("v"), budget=20, **given)

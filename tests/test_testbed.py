@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from attnpatch import testbed
+from attnpatch.errors import ConfigError
 from attnpatch.testbed import build, data, filler, tasks
 
 MODELS = Path(__file__).parent / "models"
@@ -141,11 +142,15 @@ def test_turns_share_one_context(tokenizer):
         (lambda: tasks.make("vt", 500, hops=0), "hops"),
         (lambda: tasks.make("needle", 500, text=""), "two words"),
         (lambda: tasks.make("needle", 500, text=[]), "two words"),
+        (lambda: tasks.make("needle", 500, text=5), "text holds 5"),
+        (lambda: tasks.make("needle", 500, text=[b"bytes"]), "text holds b'bytes'"),
+        (lambda: tasks.make("needle", 500.5), "length=500.5: give a whole number"),
+        (lambda: tasks.make("needle", 500, keys="2"), "keys='2': give a whole number"),
         (lambda: tasks.turns(500, questions=3, keys=2), "questions"),
     ],
 )
 def test_wrong_arguments(call, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ConfigError, match=words):
         call()
 
 

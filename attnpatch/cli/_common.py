@@ -41,7 +41,7 @@ ContextOption = Annotated[str | None, typer.Option("--context-file", help="A lon
 QuestionOption = Annotated[str | None, typer.Option("--question", help="Asked after the text of --context-file.")]
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 = greedy; above 0 samples.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")]
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="auto, float32, bfloat16, float16. Default: float32 on a CPU, else auto.")
 ]
@@ -201,8 +201,11 @@ def _device(wanted: str | None) -> tuple[str, bool]:
     try:
         device = torch.device(wanted)
     except RuntimeError:
+        device = torch.device("meta")
+    present = torch.accelerator.current_accelerator()
+    if device.type not in ("cpu", "cuda", present.type if present is not None else "cpu"):
         allowed = f"cpu, cuda, cuda:0 ..., {', '.join(SPREADS)}"
-        raise ConfigError(f"--device-map {wanted!r} is not a device; choose one of {allowed}.") from None
+        raise ConfigError(f"--device-map {wanted!r} is not a device; choose one of {allowed}.")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ConfigError(
             f"--device-map {wanted}: torch can use {gpus or 'no'} GPU{'s' if gpus > 1 else ''} here "
@@ -245,13 +248,15 @@ def load_testbed() -> tuple[Any, Any]:
 
 
 def quiet() -> None:
-    """Keep transformers' notices and loading bars off the terminal; errors still come."""
+    """Keep notices, retries and loading bars of transformers and the hub off the terminal; errors still come."""
     from logging import ERROR, getLogger
 
     for name in CHATTY:
         getLogger(name).setLevel(ERROR)
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
+    hub.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -337,6 +342,7 @@ def settings_of(patches: list[Patch] | None) -> dict[str, Any]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of K and V in a transformers cache."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes allocated for K and V in a transformers cache, as `status` counts them."""
+    from attnpatch.engine.slots import allocated
+
+    return allocated(*(t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import DynamicCache
 
 from attnpatch.engine.layer import PatchLayer
+from attnpatch.engine.slots import allocated
 from attnpatch.errors import InputError, PatchStateError, UnsupportedModeError
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def summarise(layer: Any) -> LayerSummary:
     slot = keys.shape[3] * keys.element_size() + values.shape[3] * values.element_size()
     slot *= keys.shape[0] * keys.shape[1]
     if not isinstance(layer, PatchLayer):
-        return LayerSummary(seen, keys.shape[2], keys.shape[2] * slot, keys.shape[2] * slot)
+        held = allocated(keys, values)  # a sliding layer keeps a view of the last chunk's whole keys until it grows
+        return LayerSummary(seen, keys.shape[2], held, held)
     positions = layer.pos.expand(-1, keys.shape[1], -1)
     density = None if layer.pages is None else layer.pages / layer.grid
     return LayerSummary(

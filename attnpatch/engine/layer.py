@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from attnpatch.engine.call import KV
 from attnpatch.engine.ragged import Packed, PackedKV
-from attnpatch.engine.slots import gather, moved, own
+from attnpatch.engine.slots import allocated, gather, moved, own
 from attnpatch.engine.tally import Tally
 from attnpatch.errors import InputError, UnsupportedModeError
 
@@ -397,4 +397,4 @@ class PatchLayer(DynamicLayer):
             return 0
         pair = (self.packed.k, self.packed.v) if self.packed is not None else self._spare or (self.keys, self.values)
         extra = () if self.extra is None else (self.extra.k, self.extra.v)
-        return sum(t.numel() * t.element_size() for t in (*pair, *extra))
+        return allocated(*pair, *extra)

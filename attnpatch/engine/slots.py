@@ -16,6 +16,12 @@ def own(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format) if whole else x
 
 
+def allocated(*tensors: Tensor) -> int:
+    """Bytes of the memory behind tensors: all of what a view keeps alive, and what two share once."""
+    storages = [x.untyped_storage() for x in tensors]
+    return sum({s.data_ptr() or id(s): s.nbytes() for s in storages}.values())
+
+
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """x [B, H, S, D] at index [B, H, M] -> [B, H, M, D]."""
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+from attnpatch.errors import ConfigError
+
 from .filler import ADJECTIVES, NOUNS
 
 # A wording is a list of pieces; {key} and {value} stand alone.
@@ -48,7 +50,9 @@ class Encoder:
         self.tokenizer = tokenizer
         marks = [tokenizer.token_to_id(f"<|{name}|>") for name in ("begin", "end", "user", "assistant")]
         if None in marks:
-            raise ValueError("the tokenizer lacks <|user|> and its kin: use the testbed's, attnpatch.testbed.load()[1]")
+            raise ConfigError(
+                "the tokenizer lacks <|user|> and its kin: use that of attnpatch.testbed.load()[1]"
+            )
         self.begin, self.end, self.user, self.assistant = marks
         texts = [tokenizer.decode([i], skip_special_tokens=True) for i in range(tokenizer.get_vocab_size())]
         self.space_first = np.array([text[:1].isspace() for text in texts])
@@ -117,7 +121,7 @@ class Haystack:
         if tokens == 0:
             return [], [0]
         if tokens > len(self.ids):
-            raise ValueError(f"the text has {len(self.ids)} tokens, {tokens} are needed: pass a longer text")
+            raise ConfigError(f"the text has {len(self.ids)} tokens, {tokens} are needed: pass a longer text")
         first = int(self.sentences.searchsorted(rng.randint(0, len(self.ids) - tokens)))
         starts = chain(self.sentences[first : first + 200].tolist(), range(len(self.ids) - tokens, -1, -1))
         for start in starts:
@@ -137,7 +141,7 @@ class Haystack:
             if self.words[count]:
                 ids = self.ids[:count].tolist() + [self.fill_word] * (tokens - count)
                 return ids, self._places(0, count)
-        raise ValueError(f"no {tokens} tokens of the text end at a word: pass a text with spaces between words")
+        raise ConfigError(f"no {tokens} tokens of the text end at a word: pass a text with spaces between words")
 
 
 @dataclass
@@ -306,7 +310,7 @@ def _draft_record(length: int, questions: int, rng: random.Random, encoder: Enco
     fixed = _markup(turns, whole) + len(head) + len(gap) + sum(map(len, asked))
     others = _fill_lines(length - fixed, used, rng, encoder, words) if length >= fixed + 60 else None
     if others is None:
-        raise ValueError(f"length={length} is too small for lines: at least {fixed + 60} tokens needed")
+        raise ConfigError(f"length={length} is too small for lines: at least {fixed + 60} tokens needed")
     count = len(asked) + len(others)
     places = dict(zip(rng.sample(range(count), len(asked)), range(len(asked)), strict=True))
     rest = iter(others)
@@ -347,7 +351,7 @@ def draft(
     gap = encoder("\n") * 2
     fixed = _markup(turns, whole) + len(gap) + sum(len(fact) for group in groups for fact in group)
     if fixed > length:
-        raise ValueError(f"length={length} is too small for {kind} with keys={keys}: at least {fixed} tokens needed")
+        raise ConfigError(f"length={length} is too small for {kind} with keys={keys}: at least {fixed} tokens needed")
     context, spans = _weave(groups, hay, length - fixed, rng, depth)
     for turn in turns:
         turn.spans = [spans[number] for number in turn.facts]

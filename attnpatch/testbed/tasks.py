@@ -18,7 +18,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
+
+from attnpatch.errors import ConfigError
 
 from . import build as _build
 from .build import Encoder, Haystack
@@ -80,7 +83,7 @@ class Conversation:
     def messages(self, turn: int = 0) -> list[dict[str, str]]:
         """The chat up to question ``turn`` (from 0), with the right answers to the questions before it."""
         if not 0 <= turn < len(self.turns):
-            raise ValueError(f"turn {turn} is outside 0..{len(self.turns) - 1}: the conversation has no such question")
+            raise ConfigError(f"turn {turn} is outside 0..{len(self.turns) - 1}: the conversation has no such question")
         chat = []
         for number, (question, answer) in enumerate(self.turns[: turn + 1]):
             chat.append({"role": "user", "content": (self.context if number == 0 else "") + question})
@@ -119,10 +122,12 @@ def _haystack(text, length: int, rng: random.Random, encoder: Encoder) -> Haysta
     characters = 7 * length + 400
     if text is None:
         return Haystack.from_text(filler(characters, rng), encoder)
-    if not isinstance(text, str):
+    if isinstance(text, Sequence) and not isinstance(text, str):
         text = rng.choice(list(text) or [""])
+    if not isinstance(text, str):
+        raise ConfigError(f"text holds {text!r}: pass text, a list of texts, or None for the built-in filler")
     if len(text.split()) < 2:
-        raise ValueError("text holds fewer than two words: pass a longer text, or None for the built-in filler")
+        raise ConfigError("text holds fewer than two words: pass a longer text, or None for the built-in filler")
     start = max(0, text.find(" ", rng.randrange(len(text))))
     while True:
         window = text[start : start + characters]
@@ -136,15 +141,18 @@ def _haystack(text, length: int, rng: random.Random, encoder: Encoder) -> Haysta
 
 def _check(kind: str, length: int, keys: int, hops: int, depth: float | None) -> None:
     if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+        raise ConfigError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+    for name, value in (("length", length), ("keys", keys), ("hops", hops)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ConfigError(f"{name}={value!r}: give a whole number")
     if keys < 1:
-        raise ValueError(f"keys={keys}: at least 1 is needed")
+        raise ConfigError(f"keys={keys}: at least 1 is needed")
     if hops < 1:
-        raise ValueError(f"hops={hops}: at least 1 is needed")
+        raise ConfigError(f"hops={hops}: at least 1 is needed")
     if depth is not None and not 0.0 <= depth <= 1.0:
-        raise ValueError(f"depth={depth}: give a share between 0 and 1")
+        raise ConfigError(f"depth={depth}: give a share between 0 and 1")
     if length < 1:
-        raise ValueError(f"length={length}: give the prompt's length in tokens")
+        raise ConfigError(f"length={length}: give the prompt's length in tokens")
 
 
 def make(
@@ -214,7 +222,7 @@ def turns(
     keys = questions if keys is None else keys
     _check(kind, length, keys, hops, None)
     if not 1 <= questions <= keys:
-        raise ValueError(f"questions={questions}: give 1 to keys={keys}, each question asks for another fact")
+        raise ConfigError(f"questions={questions}: give 1 to keys={keys}, each question asks for another fact")
     encoder = _encoder(tokenizer)
     rng = random.Random(f"turns-{kind}-{length}-{keys}-{questions}-{seed}")
     hay = None if kind == "lines" else _haystack(text, length, rng, encoder)

@@ -675,6 +675,8 @@ def test_composition():
     ("quest", {"min_pages": 0}, "min_pages=0 is too small"),
     ("quest", {"gqa": "mean"}, "choose one of 'per_query_head', 'group_max'"),
     ("recycled", {"budget": -1}, "budget -1 is out of range"),
+    ("recycled", {"threshold": 1.02}, "threshold=1.02 is too large; it must be at most 1.01"),
+    ("recycled", {"threshold": -1.02}, "threshold=-1.02 is too small; it must be at least -1.01"),
     ("recycled", {"schedule": "never"}, "choose one of 'qc', 'fixed'"),
     ("recycled", {"stride": 0}, "stride=0 is too small; it must be at least 1"),
     ("recycled", {"min_budget": 0}, "min_budget=0 is too small"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from oracle import CACHE, CONFIGS, FULL, tiny
+from selections import layer, noise, pairs
 
 import attnpatch
 from attnpatch import patch as registry
@@ -188,3 +189,38 @@ def test_a_compiled_model_selects_the_same(patch):
         for step, want in zip(steps, expected, strict=True):
             assert torch.equal(logits(compiled, step, **{CACHE: cache}), want)
     torch.compiler.reset()
+
+
+def test_density_counts_sink_and_window():
+    """Status tells the share of the causal pairs that rows attend, not only of those that lists name."""
+    hyper = {"mask_k": 16, "block_size_q": 16, "sliding_window": 32, "sink": 8, "dense_layers": 0}
+    model = tiny("llama")
+    with attnpatch.patched(model, "hip", **hyper):
+        cache = attnpatch.PatchCache(model)
+        logits(model, prompt(1), **{CACHE: cache})
+        told = attnpatch.status(model).layers[0].density
+    q, kv, ctx = layer(*noise(300, dim=16))  # rows read as many keys whatever q and k are
+    share = pairs(list_patches()["hip"](**hyper), q, kv, ctx)[0].sum((1, 2)) / (150 * 301)
+    assert torch.allclose(told[0], share, atol=0.05), (told, share)  # pages of the diagonal count whole
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fa4", "ATTNPATCH_BACKEND=fa4 cannot serve this model: needs CUDA capability >= 9, this is cpu"),
+        ("triton", "ATTNPATCH_BACKEND=triton cannot serve this model: needs CUDA capability >= 8"),
+        ("nonsense", "ATTNPATCH_BACKEND='nonsense' is not a backend; allowed: fa4"),
+    ],
+    ids=["fa4", "triton", "nonsense"],
+)
+def test_a_backend_that_is_not_usable_is_refused_before_a_layer_runs(name, message, monkeypatch):
+    model, ran = tiny("llama"), []
+    model.model.embed_tokens.register_forward_hook(lambda *_: ran.append(1))
+    monkeypatch.setenv("ATTNPATCH_BACKEND", name)
+    with attnpatch.patched(model, "flexprefill"):
+        with pytest.raises(ConfigError, match=message):
+            model.generate(prompt(1, 20), max_new_tokens=1)
+        assert not ran
+        for usable in ("torch", "sdpa", "flex", ""):
+            monkeypatch.setenv("ATTNPATCH_BACKEND", usable)
+            logits(model, prompt(1, 20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from inspect import signature
 from typing import Any
 from weakref import ref
@@ -12,6 +13,8 @@ from attnpatch.engine import compat
 from attnpatch.engine.cache import LayerSummary, PatchCache, summarise
 from attnpatch.engine.call import Call, Plan
 from attnpatch.errors import InputError, PatchStateError, UnsupportedModeError
+from attnpatch.executors.backends import check_forced
+from attnpatch.profile import structure
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 _COPY = "a patched model cannot be copied or pickled; call unpatch_model(model), copy it, then patch both."
@@ -124,6 +127,10 @@ class Handle:
         embeds = kwargs.get("inputs_embeds")
         inputs = embeds if embeds is not None else kwargs.get("input_ids")
         check_inputs(inputs, kwargs.get("attention_mask"))
+        if "ATTNPATCH_BACKEND" in os.environ:
+            # input ids may still lie elsewhere than the layers
+            place = next((p.device for p in module.parameters() if p.device.type == "cuda"), inputs.device)
+            check_forced(place, module.dtype, structure(module.config)["head_dim"])
         cache = compat.take_cache(kwargs)
         self.check_cache(cache)
         use_cache = kwargs.get("use_cache")

@@ -158,7 +158,7 @@ def turned(q: Tensor, term: Selection, ctx: Ctx) -> Tensor:
 
 
 def _record(layer: PatchLayer, term: Selection, rows: int, slots: int, again: bool = False) -> None:
-    """Add a term's listed pages to the layer's density; the host does not wait.
+    """Add a term's listed pages, its sink and its window to the layer's density; the host does not wait.
 
     again: an earlier term covers the same rows, so that their causal pages are counted.
     """
@@ -166,15 +166,19 @@ def _record(layer: PatchLayer, term: Selection, rows: int, slots: int, again: bo
         return
     bq, index = term.bq or 1, term.index
     cell = bq * term.page  # pairs of a page and a list
-    if not again:
-        start, stop, _ = (term.rows or slice(None)).indices(rows)
-        ends = range(slots - rows + min(start + bq, stop), slots - rows + stop + bq, bq)
-        layer.grid += cell * sum(-(-min(end, slots - rows + stop) // term.page) for end in ends)
+    start, stop, _ = (term.rows or slice(None)).indices(rows)
+    first, last = slots - rows + start, slots - rows + stop
+    most = cell * sum(-(-min(end, last) // term.page) for end in range(min(first + bq, last), last + bq, bq))
+    layer.grid += 0 if again else most
     width = index.new_full(index.shape[:-1], index.shape[-1]) if term.count is None else term.count
     if term.groups is not None:
         named = index >= 0 if term.weight is None else (index >= 0) & (term.weight > float("-inf"))
         width = named.sum(-1) * (term.groups >= 0).sum(-1)  # [B|1, H, R]
     pages = width.float().sum(-1).expand(layer.keys.shape[0], -1) * cell
+    if near := term.sink + term.window:  # a row of n keys sees min(n, near) of them; lists may name some again
+        ramp = range(first + 1, min(last, near) + 1)
+        beside = sum(ramp) + near * max(0, last - max(first, near))
+        pages = (pages + beside).clamp(max=most)
     layer.pages = pages if layer.pages is None else layer.pages + pages
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -106,17 +107,42 @@ def no_cuda_half(c: Any, capability: int, dim: int) -> str | None:
     return "takes no 4-D mask" if c.mask else None
 
 
+def check_name(forced: str | None) -> None:
+    """Raise ConfigError unless the name that ATTNPATCH_BACKEND gives is a backend's."""
+    if forced and forced not in NAMES:
+        raise ConfigError(f"ATTNPATCH_BACKEND={forced!r} is not a backend; allowed: {', '.join(NAMES)}.")
+
+
+def _refusal(forced: str, what: str, why: str) -> ConfigError | VersionError:
+    kind = VersionError if "not installed" in why else ConfigError
+    return kind(f"ATTNPATCH_BACKEND={forced} cannot {what}: {why}. Unset it, or choose another backend.")
+
+
+def check_forced(device: torch.device, dtype: torch.dtype, dim: int) -> None:
+    """Raise before a forward where ATTNPATCH_BACKEND names nothing, or what a model of this kind can use nowhere.
+
+    What single calls ask besides (padding, a log-sum-exp) shows when they come: `first_fit`.
+    """
+    if not (forced := os.environ.get("ATTNPATCH_BACKEND")):
+        return
+    check_name(forced)
+    from attnpatch.executors import dense, pages
+
+    found = [*dense.backends(device, dtype, dim), *pages.backends(device, dtype, dim, forced=True)]
+    reasons = [why for name, usable, why in found if name == forced and not usable]
+    if reasons and not any(usable for name, usable, _ in found if name == forced):
+        raise _refusal(forced, "serve this model", reasons[0])
+
+
 def first_fit(why_not: Mapping[str, Callable[[Any], str | None]], call: Any, forced: str | None) -> tuple[str, str]:
     """(backend, reason): the forced one if it is among `why_not` (fastest first), else the first that fits the call.
 
     Raises ConfigError for an unknown forced name or a call it cannot do, VersionError if its package is missing.
     """
-    if forced and forced not in NAMES:
-        raise ConfigError(f"ATTNPATCH_BACKEND={forced!r} is not a backend; allowed: {', '.join(NAMES)}.")
+    check_name(forced)
     if forced and forced in why_not:
         if why := why_not[forced](call):
-            kind = VersionError if "not installed" in why else ConfigError
-            raise kind(f"ATTNPATCH_BACKEND={forced} cannot do this call: {why}. Unset it, or choose another backend.")
+            raise _refusal(forced, "do this call", why)
         return forced, "forced by ATTNPATCH_BACKEND"
     passed = [f"ATTNPATCH_BACKEND={forced} belongs to another executor"] if forced else []
     for name, reason in why_not.items():

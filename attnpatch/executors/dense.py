@@ -305,11 +305,13 @@ def choose(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool = False) -> tuple[
     return _decide(_call(q, kv, _ALL, ctx, want_lse), os.environ.get("ATTNPATCH_BACKEND") or None)
 
 
-def backends() -> list[tuple[str, bool, str]]:
-    """(name, usable, reason) of each backend on this machine, fastest first, for a plain bf16 prompt, head size 128."""
-    device = here()
+def backends(
+    device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16, dim: int = 128
+) -> list[tuple[str, bool, str]]:
+    """(name, usable, reason) of each backend, fastest first, for a plain prompt; device: None = this machine's."""
+    device = device or here()
     call = _Call(
-        device=device.type, capability=_capability(device), dtype=torch.bfloat16, dim=128, single=False, square=True,
+        device=device.type, capability=_capability(device), dtype=dtype, dim=dim, single=False, square=True,
         holes=False, softcap=False, window=False, part=False, mask=False, want_lse=False,
     )  # fmt: skip
     return [(name, (why := why_not(call)) is None, why or "usable") for name, why_not in _WHY_NOT.items()]

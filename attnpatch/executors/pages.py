@@ -294,15 +294,21 @@ def choose(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = 
     return _decide(_call(q, kv, selection, ctx, want_lse), os.environ.get("ATTNPATCH_BACKEND") or None)
 
 
-def backends() -> list[tuple[str, bool, str]]:
-    """(name, usable, reason) of each backend here, fastest first, for bf16, head size 128 and blocks of 128 x 128."""
-    device = here()
+def backends(
+    device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16, dim: int = 128, forced: bool = False
+) -> list[tuple[str, bool, str]]:
+    """(name, usable, reason) of each backend, fastest first, for blocks of 128 x 128; device: None = this machine's.
+
+    forced: whether it would be usable if named.
+    """
+    device = device or here()
     call = _Call(
-        device=device.type, capability=capability(device), dtype=torch.bfloat16, dim=128, page=128, bq=128,
+        device=device.type, capability=capability(device), dtype=dtype, dim=dim, page=128, bq=128,
         beside=False, holes=False, softcap=False, window=False, mask=False, want_lse=False,
-        fine=row_lists.Call(device.type, capability(device), torch.bfloat16, 128, True, False, False),
+        fine=row_lists.Call(device.type, capability(device), dtype, dim, True, False, False),
     )  # fmt: skip
-    return [(name, (why := why_not(call)) is None, why or "usable") for name, why_not in _WHY_NOT.items()]
+    tests = {**_WHY_NOT, "flex": _not_flex} if forced else _WHY_NOT
+    return [(name, (why := why_not(call)) is None, why or "usable") for name, why_not in tests.items()]
 
 
 def run(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attnpatch.engine.call import KV, Ctx
 
 LOCAL = 2  # last blocks that stay whole
+MIDDLE = 1.5  # mu below its maximum, where none is given
 LEAST = 4  # blocks below which a row is dense
 
 
@@ -87,20 +88,23 @@ class TCA(Patch):
     writes a `profile`. A head that none serves keeps everything.
 
     Known of the paper: the counts 1, 2, 4, ..., b, the log-Gaussian, the choice for each head, the last query, one
-    mechanism for prompt and decoding. Ours, all else: b = 64; order by attention mass (metric "redundancy" is a guess);
-    largest remainders, ties to the larger count, the later block, the later token; one choice for the query heads of a
-    KV head, by the mean of their weights; first block and last two whole, which takes places in the order too; the
-    band; a median count for blocks thinned in decoding, by the query of that step, looked for every `block_size` steps
-    (those steps wait for the device); rows of fewer than `dense_below` tokens, or of four blocks, dense, in decoding
-    too; a chunk of a prompt fed in several attends by its own last query. mu and sigma without a profile are a middle
-    of the road, not the paper's.
+    mechanism for prompt and decoding. Ours, all else: b = 64; blocks ranked by attention mass (order "redundancy" is a
+    guess); largest remainders, ties to the larger count, the later block, the later token; one choice for the query
+    heads of a KV head, by the mean of their weights; first block and last two whole, which takes places in the ranking
+    too; the band; a median count for blocks thinned in decoding, by the query of that step, looked for every
+    `block_size` steps (those steps wait for the device); rows of fewer than `dense_below` tokens, or of four blocks,
+    dense, in decoding too; a chunk of a prompt fed in several attends by its own last query. mu and sigma without a
+    profile are a middle of the road, not the paper's: 4.5 and 1 in blocks of 64, about 42 % of what lies between the
+    first and the last blocks.
     """
 
-    mu: float | None = option(4.5, "log2 of the tokens most blocks keep, up to log2 of block_size; null = all", low=0)
+    mu: float | None = option(
+        None, "log2 of the tokens most blocks keep, 0 to log2 of block_size; null = 1.5 below the latter", low=0
+    )
     sigma: float = option(1.0, "how widely the counts of a head's blocks spread, in powers of two", low=0)
     profile: Any = option(None, "folder with mu and sigma of each head, from `attnpatch calibrate`")
     block_size: int = option(64, "keys of a block", choices=(4, 8, 16, 32, 64, 128, 256))
-    metric: str = option(
+    order: str = option(
         "mass", "what orders the blocks: their attention mass, or a guess", choices=("mass", "redundancy")
     )
     query_rows: int = option(1, "last queries whose mean weight counts", low=1)
@@ -120,7 +124,8 @@ class TCA(Patch):
         top = self.block_size.bit_length() - 1
         if self.mu is not None and not self.mu <= top:
             raise ConfigError(
-                f"{self.name}: mu={self.mu} is too large; blocks of {self.block_size} allow 0 to {top}, null = all."
+                f"{self.name}: mu={self.mu} is too large; blocks of {self.block_size} allow 0 to {top} ({top} with "
+                "sigma=0.01 keeps everything)."
             )
         if not 0 < self.sigma < math.inf:
             raise ConfigError(f"{self.name}: sigma={self.sigma} is out of range; give a number above 0, such as 1.")
@@ -142,15 +147,18 @@ class TCA(Patch):
         from attnpatch.calibrated import load
 
         mus, sigmas = (load(self, config, name) for name in ("mu", "sigma"))
-        pairs = [list(zip(a, b, strict=True)) for a, b in zip(mus, sigmas, strict=True)]
+        self.adopt([list(zip(a, b, strict=True)) for a, b in zip(mus, sigmas, strict=True)])
+
+    def adopt(self, table: list[list[tuple[float, float]]]) -> None:
+        """Take (mu, sigma) of every [layer of the model][query head]; mu NaN = keeps everything. Raises ConfigError."""
         top = self.block_size.bit_length() - 1
-        for mu, sigma in (pair for row in pairs for pair in row):
+        for mu, sigma in (pair for row in table for pair in row):
             if not math.isnan(mu) and not (0 <= mu <= top and 0 < sigma < math.inf):
                 raise ConfigError(
                     f"profile {self.profile!r} is damaged (mu {mu} and sigma {sigma} in blocks of {self.block_size}); "
                     "make it again."
                 )
-        self._table = pairs
+        self._table = table
 
     # ---- declared --------------------------------------------------------------------------------------------
     @property
@@ -178,7 +186,8 @@ class TCA(Patch):
         if ctx.layer < self.dense_layers:
             return [shares(None, 1.0, self.block_size)] * kv_heads
         if self._table is None:
-            return [shares(self.mu, self.sigma, self.block_size)] * kv_heads
+            mu = self.block_size.bit_length() - 1 - MIDDLE if self.mu is None else self.mu
+            return [shares(mu, self.sigma, self.block_size)] * kv_heads
         row = self._table[ctx.index]
         return [shares(*row[h * (heads // kv_heads)], self.block_size) for h in range(kv_heads)]
 
@@ -205,7 +214,7 @@ class TCA(Patch):
         weights = cells.masked_fill(~held, 0.0)
         mass, size = weights.sum(-1), held.sum(-1)
         order = mass
-        if self.metric == "redundancy":
+        if self.order == "redundancy":
             inside = weights / mass.clamp(min=1e-30)[..., None]
             entropy = torch.special.entr(inside).sum(-1)
             entropy = torch.where(mass > 0, entropy, size.clamp(min=1).log())  # no weight at all is spread evenly

@@ -76,9 +76,9 @@ def median(p):
 class Reference:
     """A stock eager model that attends and keeps what TCA says; `kept`[layer][row][KV head] are sets of positions."""
 
-    def __init__(self, model, least, b, mu, sigma=1.0, metric="mass", rows=1, prefill=True, decode=True):
+    def __init__(self, model, least, b, mu, sigma=1.0, order="mass", rows=1, prefill=True, decode=True):
         self.model, self.cache, self.kept = model, DynamicCache(config=model.config), {}
-        self.p, self.least, self.b, self.metric, self.rows = configuration(mu, sigma, b), least, b, metric, rows
+        self.p, self.least, self.b, self.order, self.rows = configuration(mu, sigma, b), least, b, order, rows
         self.prefill, self.decode, self.begin, self.steps, self.seen = prefill, decode, {}, 0, 0
         AttentionInterface.register("tca-reference", self.attention)
         AttentionMaskInterface.register("tca-reference", eager_mask)
@@ -122,7 +122,7 @@ class Reference:
         chosen = now
         if n >= self.least and (layer, row) not in self.begin and length > 1:
             a = weights(q[:, length - min(self.rows, fresh) :], k[:, slots], **call)
-            chosen = [kept(a[h].tolist(), n, self.p, self.b, self.metric) for h in range(heads)]
+            chosen = [kept(a[h].tolist(), n, self.p, self.b, self.order) for h in range(heads)]
             self.begin[layer, row] = (-(-n // self.b) - 2) * self.b
         sparse = first and self.prefill
         i, j = torch.arange(old, n)[:, None], torch.arange(n)[None]

@@ -25,7 +25,7 @@ def sets(q, k, patch, n=None, row=0):
     rows = min(patch.query_rows, n)
     a = spec.weights(q[row, :, n - rows : n], k[row, :, :n])
     p = spec.configuration(patch.mu, patch.sigma, patch.block_size)
-    return [spec.kept(x.tolist(), n, p, patch.block_size, patch.metric) for x in a]
+    return [spec.kept(x.tolist(), n, p, patch.block_size, patch.order) for x in a]
 
 
 def decided(keep, row=0):
@@ -67,12 +67,12 @@ def test_2_counts_are_largest_remainders():
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (8, 1)], ids=["g1", "g4", "g8"])
-@pytest.mark.parametrize("metric", ["mass", "redundancy"])
+@pytest.mark.parametrize("order", ["mass", "redundancy"])
 @pytest.mark.parametrize("n", [16, 63, 64, 101])
-def test_kept_tokens_and_pairs_equal_the_specification(n, metric, heads, kv_heads):
+def test_kept_tokens_and_pairs_equal_the_specification(n, order, heads, kv_heads):
     q, k, v = noise(n, heads, kv_heads, seed=n + heads, scale=1.5)
     for more in (SMALL, {**SMALL, "mu": 0.3, "sigma": 2.0, "query_rows": 5}, {**SMALL, "mu": 2.0, "sigma": 0.6}):
-        patch = TCA(metric=metric, **more)
+        patch = TCA(order=order, **more)
         keep = attnpatch.probe(patch, q, k)
         keep.validate(1, kv_heads, n)
         wanted, b, nb = sets(q, k, patch), 4, -(-n // 4)
@@ -93,7 +93,7 @@ def test_kept_tokens_and_pairs_equal_the_specification(n, metric, heads, kv_head
 def test_1_a_dense_configuration_changes_nothing():
     stock, model, ids = tiny("llama"), tiny("llama"), prompt(2)
     stock.set_attn_implementation("sdpa")
-    for more in ({"mu": None}, {"mu": 2.0, "sigma": 0.01}, {"dense_layers": 4}, {"dense_below": 41}):
+    for more in ({"mu": 2.0, "sigma": 0.01}, {"dense_layers": 4}, {"dense_below": 41}):
         with attnpatch.patched(model, "tca", **{**SMALL, **more}):
             logits, cache = feed(model, ids, *prompt(2, 9, seed=8).split(1, 1))
             assert all(x.complete and x.held == 49 for x in cache.layers)
@@ -117,6 +117,15 @@ def test_5_a_needle_block_keeps_all():
     wide = decided(attnpatch.probe(patch, q, k))
     needle = set(range(200, 208))
     assert all(len(s & needle) < 8 for s in found) and all(s >= needle for s in wide)
+
+
+def test_the_default_is_a_middle_of_the_road():
+    q, k, _ = noise(1024, 2, 1, seed=3)
+    keep, given = (attnpatch.probe("tca", q, k, **more) for more in ({}, {"mu": 4.5, "sigma": 1.0}))
+    assert decided(keep) == decided(given) and 0.42 < len(decided(keep)[0]) / 1024 < 0.6
+    assert round(tca.ratio(tca.shares(4.5, 1.0, 64)), 2) == 0.42
+    assert attnpatch.probe("tca", q[:, :, :1023], k[:, :, :1023]) is None
+    assert attnpatch.probe("tca", q[:, :, :1023], k[:, :, :1023], block_size=4, dense_below=0) is not None
 
 
 def test_ties_go_to_the_later_token():
@@ -147,7 +156,7 @@ def test_padded_rows_choose_as_alone():
 def compare(name, feeds, hyper, masks=None, dtype=torch.float32, rows=None, reorder=None):
     """Worst difference of logits at real tokens, and the cache, after every layer, row and head kept the same."""
     stock, model = tiny(name, dtype), tiny(name, dtype)
-    known = {x: hyper[x] for x in ("mu", "sigma", "metric", "prefill", "decode") if x in hyper}
+    known = {x: hyper[x] for x in ("mu", "sigma", "order", "prefill", "decode") if x in hyper}
     least = max(hyper["dense_below"], 4 * hyper["block_size"])
     oracle = spec.Reference(stock, least, hyper["block_size"], rows=hyper.get("query_rows", 1), **known)
     worst, fed = 0.0, 0
@@ -190,7 +199,7 @@ def test_6_8_prompt_steps_turns_and_padding_equal_the_reference(name, group, mon
     assert worst < ATOL and cache.get_seq_length() == 112
     full = [x for x in cache.layers if hasattr(x, "complete")]
     assert not any(x.complete for x in full)
-    assert compare(name, feeds[:30], {**SMALL, "query_rows": 3, "metric": "redundancy"})[0] < ATOL
+    assert compare(name, feeds[:30], {**SMALL, "query_rows": 3, "order": "redundancy"})[0] < ATOL
 
 
 @pytest.mark.parametrize("more", [{"prefill": False}, {"decode": False}], ids=["dense prompt", "prompt only"])
@@ -272,11 +281,11 @@ def test_beams_crop_and_status():
 
 REFUSED = [
     ({"mu": -1.0}, "mu=-1.0 is too small"),
-    ({"mu": 7.0}, "mu=7.0 is too large; blocks of 64 allow 0 to 6, null = all"),
+    ({"mu": 7.0}, "mu=7.0 is too large; blocks of 64 allow 0 to 6"),
     ({"sigma": 0.0}, "sigma=0.0 is out of range; give a number above 0"),
     ({"sigma": float("nan")}, "sigma=nan"),
     ({"block_size": 48}, "block_size=48 is not allowed"),
-    ({"metric": "entropy"}, "choose one of 'mass', 'redundancy'"),
+    ({"order": "entropy"}, "choose one of 'mass', 'redundancy'"),
     ({"query_rows": 0}, "query_rows=0 is too small"),
     ({"profile": "p", "mu": 3.0}, "the profile holds mu and sigma; leave them out"),
     ({"profile": 3}, "profile=3 is no path"),
@@ -297,3 +306,11 @@ def test_composition():
         attnpatch.patch_model(tiny("llama"), "tca+snapkv")
     with pytest.raises(ConfigError, match="a profile is read by patch_model"):
         attnpatch.probe(TCA(profile="nowhere"), *noise(40)[:2])
+
+
+def test_the_recipe_takes_a_profile():
+    recipe = attnpatch.load_recipe("tca")
+    assert "Experimental" in recipe.description and "ours" in recipe.sources["block_size"]
+    (method,) = recipe.build()
+    assert method == TCA() and TCA(**{**recipe.hyperparameters, "profile": "somewhere"}).profile == "somewhere"
+    assert "experimental" in method.title and "experimental" in TCA.__doc__

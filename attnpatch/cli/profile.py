@@ -9,7 +9,7 @@ import typer
 
 from attnpatch.cli import _common as c
 from attnpatch.cli import picture as pictures
-from attnpatch.errors import ConfigError, InputError
+from attnpatch.errors import ConfigError
 from attnpatch.profiling import KINDS
 
 TOP = 10  # heads shown
@@ -56,7 +56,7 @@ def profile(
         pictures.check(picture, "--picture")
     if text is not None and what == "echo-heads":
         raise ConfigError("--text: echo-heads reads random tokens; leave --text out.")
-    words = None if text is None else _read(text)
+    words = None if text is None else c.read_text(text)
     loaded, tokenizer = c.load_model(model, dtype, device_map)
     from attnpatch.profiling import trials as needles
 
@@ -68,17 +68,6 @@ def profile(
     if picture is not None:
         _draw(found, picture)
     _show(found, out, picture, as_json)
-
-
-def _read(path: str) -> str:
-    """The text of a file. Raises InputError where it is not UTF-8 or empty."""
-    try:
-        words = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
-    if not words.strip():
-        raise InputError(f"{path} is empty; give a file with text.")
-    return words
 
 
 def _measure(what: str, model: Any, tokenizer: Any, options: dict[str, Any]) -> Any:

@@ -92,7 +92,7 @@ def calibrate(
     search: str = "supervised", count: int | None = None, held_out: float = 0.5, seed: int = 0, chat: bool = False,
     batch_tokens: int = 8192, callback: Callable[[str, str, int], None] | None = None, **settings: Any,
 ) -> Calibration:  # fmt: skip
-    """Search what `patch` ("zerotuning", "act") needs on samples of a task, and write a profile to the folder `out`.
+    """Search what `patch` ("zerotuning", "act", "tca") needs on samples of a task; write a profile to the folder `out`.
 
     samples: a .jsonl file, `Sample`s (see attnpatch.samples), or several files: a pool of tasks, found and reported
     over all. count: how many are drawn, of each file (None = the method's usual number, or all there are); the share

@@ -28,6 +28,12 @@ def option(
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high, "odd": odd})
 
 
+def same_option(cls: type[Patch], name: str) -> Any:
+    """The hyperparameter `name` of `cls` with all that is said of it, for a search that takes it over."""
+    f = next(f for f in fields(cls) if f.name == name)
+    return option(f.default, **f.metadata)
+
+
 @dataclass
 class Patch:
     """Base of a method: typed hyperparameters plus hooks that return decisions.
@@ -46,9 +52,7 @@ class Patch:
     paper: ClassVar[str] = ""
     stage: ClassVar[str] = "evict"
     query_aware: ClassVar[bool] = False
-    tensor_parallel: ClassVar[bool] = (
-        False  # decides alike where each process has a part of a layer's heads (ctx.shard)
-    )
+    tensor_parallel: ClassVar[bool] = False  # decides alike where a process has some of a layer's heads (ctx.shard)
     needs_profile: ClassVar[bool] = False  # works with no model before it was given figures of its heads; see `fits`
 
     def __post_init__(self) -> None:

@@ -61,6 +61,17 @@ def read_samples(path: str | Path, labelled: bool = False) -> list[Sample]:
     return samples
 
 
+def from_text(tokenizer: Any, text: str, count: int, tokens: int, seed: int) -> list[Sample]:
+    """`count` passages of about `tokens` tokens from evenly spaced places of a text, as prompts without an answer.
+
+    Raises InputError where the text is too short for one.
+    """
+    from attnpatch.profiling.shared import passages
+
+    rows = passages(tokenizer, count, tokens, text, seed).tolist()
+    return [Sample(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+
+
 def split(samples: Sequence[Sample], count: int | None, held_out: float, seed: int) -> tuple[list[Any], list[Any]]:
     """(for the search, held out): `count` samples drawn at random (None = all), the share `held_out` put aside.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.patches.act import ACT, _Listed
 
 from attnpatch.errors import ConfigError
-from attnpatch.patch import option
+from attnpatch.patch import option, same_option
 from attnpatch.trials import SEARCH, Found, Search
 
 if TYPE_CHECKING:
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from attnpatch.trials import Trials
 
 _PASSED = ("beta", "threshold", "threshold_mode", "alpha", "min_queries", "decode", "strict")  # on to the patch
-_OF_ACT = {f.name: f for f in fields(ACT)}
-
-
-def _as_in_act(name: str) -> Any:
-    f = _OF_ACT[name]
-    return option(f.default, **f.metadata)
 
 
 @dataclass
@@ -35,13 +29,13 @@ class ACTSearch(Search):
     sample would change nothing, so it is not tried.
     """
 
-    beta: float = _as_in_act("beta")
-    threshold: float = _as_in_act("threshold")
-    threshold_mode: str = _as_in_act("threshold_mode")
-    alpha: float = _as_in_act("alpha")
-    min_queries: int = _as_in_act("min_queries")
-    decode: str = _as_in_act("decode")
-    strict: bool = _as_in_act("strict")
+    beta: float = same_option(ACT, "beta")
+    threshold: float = same_option(ACT, "threshold")
+    threshold_mode: str = same_option(ACT, "threshold_mode")
+    alpha: float = same_option(ACT, "alpha")
+    min_queries: int = same_option(ACT, "min_queries")
+    decode: str = same_option(ACT, "decode")
+    strict: bool = same_option(ACT, "strict")
     skip_first: int = option(2, "first layers that are left alone", low=0)
     skip_last: int = option(1, "last layers that are left alone", low=0)
     layers: Any = option(None, "layers to search in the place of skip_first and skip_last, e.g. '2-10,15'")

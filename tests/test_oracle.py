@@ -22,6 +22,7 @@ PATCHES = {
     "cake": {"budget": 12, "window_size": 4},
     "taskkv": {"budget": 0.6, "window_size": 4, "kernel_size": 3, "sink": 2, "recent": 5, "last_full": 1},
     "compresskv": {"budget": 12, "window_size": 4, "kernel_size": 3, "heads": "all"},
+    "tca": {"block_size": 4, "dense_below": 0, "mu": 1.0, "prefill": False},  # sparse prompts in its own file
 }
 BY_PROFILE = {"duoattention", "razorattention"}  # need a profile of each model: against the oracle in their own files
 
@@ -85,7 +86,7 @@ def test_three_turns(config, patch):
 @pytest.mark.parametrize("patch", PATCHES)
 def test_budget_across_chunks_and_turns(config, patch):
     feeds, ends = ids(2, 15, 15, 10, 1, 9, 1), [40, 40, 40, 40, 50, 50]
-    per_chunk = {} if patch == "cake" else {"evict_per_chunk": True}  # cake refuses it
+    per_chunk = {} if patch in ("cake", "tca") else {"evict_per_chunk": True}  # cake refuses it, tca has none
     hyper = {**PATCHES[patch], **per_chunk, "recompress": True}
     worst, _ = run_both(config, patch, feeds, prompt_ends=ends, **hyper)
     assert worst < ATOL

@@ -121,7 +121,7 @@ def test_tokens_of_answers_and_labels():
         encode(Words(), [Sample("w3")], chat=True)
 
 
-@pytest.mark.parametrize("patch", ["act", "zerotuning"])
+@pytest.mark.parametrize("patch", ["act", "tca", "zerotuning"])
 def test_every_setting_is_explained(patch):
     text = (Path(__file__).parents[1] / "docs" / "calibrate.md").read_text(encoding="utf-8")
     for f in fields(searcher_of(patch)):
@@ -129,7 +129,7 @@ def test_every_setting_is_explained(patch):
 
 
 BAD_CALLS = [
-    ("snapkv", {}, ConfigError, "'snapkv' has nothing to calibrate; choose one of act, zerotuning"),
+    ("snapkv", {}, ConfigError, "'snapkv' has nothing to calibrate; choose one of act, tca, zerotuning"),
     ("act+zerotuning", {}, ConfigError, "has nothing to calibrate"),
     ("zerotune", {}, ConfigError, "unknown patch 'zerotune'. Did you mean 'zerotuning'"),
     ("act", {"search": "both"}, ConfigError, "choose one of 'supervised', 'unsupervised'"),

@@ -126,6 +126,17 @@ def _read_file(path: str) -> str:
         raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
 
 
+def read_text(path: str) -> str:
+    """The text of a file. Raises InputError where it is not UTF-8 or empty."""
+    try:
+        words = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+    if not words.strip():
+        raise InputError(f"{path} is empty; give a file with text.")
+    return words
+
+
 def encode(tokenizer: Any, text: str, raw: bool) -> Any:
     """Token ids [1, N] of the prompt, through the chat template unless raw."""
     if raw:

@@ -8,18 +8,26 @@ from typing import Annotated, Any
 import typer
 
 from attnpatch.cli import _common as c
+from attnpatch.errors import ConfigError
 
 
 def calibrate(
     model: c.ModelOption,
-    patch: Annotated[str, typer.Option("--patch", help="zerotuning or act.")],
-    data: Annotated[
-        list[str], typer.Option("--data", help="A .jsonl (or .jsonl.gz) file with a sample a line; several: one pool.")
-    ],
+    patch: Annotated[str, typer.Option("--patch", help="zerotuning, act or tca.")],
     out: Annotated[str, typer.Option("--out", help="The profile's folder; an interrupted calibration goes on there.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="A .jsonl (or .jsonl.gz) file with a sample a line; several: one pool."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", help="Instead: a UTF-8 text file; the samples are passages, without answers."),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of each passage of --text.")] = 8192,
     search: Annotated[
-        str, typer.Option("--search", help="supervised (right answers) or unsupervised (next-token entropy).")
-    ] = "supervised",
+        str | None,
+        typer.Option("--search", help="supervised (right answers) or unsupervised (entropy). Default: by the samples."),
+    ] = None,
     samples: Annotated[
         int | None,
         typer.Option("--samples", min=4, help="Samples drawn, of each file. Default: the method's number, or all."),
@@ -42,17 +50,24 @@ def calibrate(
     from attnpatch.calibrating import searcher_of
     from attnpatch.patch import build
     from attnpatch.recipe import parse_setting
-    from attnpatch.samples import read_samples
+    from attnpatch.samples import from_text, read_samples
 
+    if bool(data) == (text is not None):
+        raise ConfigError("name one of --data FILE.jsonl and --text FILE.")
+    if text is not None and search == "supervised":
+        raise ConfigError("--search supervised needs answers, which passages of --text have not; give --data.")
+    search = search or ("supervised" if data else "unsupervised")
     values = dict(parse_setting(text) for text in settings or [])
-    build(searcher_of(patch), values)  # type: ignore[arg-type]  # before the model is loaded
-    for path in data:
+    searcher: Any = build(searcher_of(patch), values)  # type: ignore[arg-type]  # before the model is loaded
+    words = "" if text is None else c.read_text(text)
+    for path in data or []:
         read_samples(path, labelled=search == "supervised")
     loaded, tokenizer = c.load_model(model, dtype, device_map)
+    given: Any = data or from_text(tokenizer, words, samples or searcher.samples, tokens, seed)
     shown = _Progress(not as_json and sys.stderr.isatty())
     try:
         found = run(
-            loaded, tokenizer, patch, data, out, search=search, count=samples, held_out=held_out, seed=seed, chat=chat,
+            loaded, tokenizer, patch, given, out, search=search, count=samples, held_out=held_out, seed=seed, chat=chat,
             batch_tokens=batch_tokens, callback=shown, **values,
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ import typer
 
 from attnpatch.cli import _common as c
 from attnpatch.cli import picture as pictures
-from attnpatch.errors import ConfigError, InputError
+from attnpatch.errors import ConfigError
 from attnpatch.profiling import KINDS
 
 TOP = 10  # heads shown
@@ -70,7 +70,7 @@ def profile(
     if text is not None and what == "echo-heads":
         raise ConfigError("--text: echo-heads reads random tokens; leave --text out.")
     _check_layer_errors(what, semantic, budget)
-    words = None if text is None else _read(text)
+    words = None if text is None else c.read_text(text)
     loaded, tokenizer = c.load_model(model, dtype, device_map)
     from attnpatch.profiling import trials as needles
 
@@ -99,17 +99,6 @@ def _check_layer_errors(what: str, semantic: Path | None, budget: int | None) ->
     elif semantic is not None or budget is not None:
         given = "--semantic" if semantic is not None else "--budget"
         raise ConfigError(f"{given} is for --what layer-errors alone; leave it out.")
-
-
-def _read(path: str) -> str:
-    """The text of a file. Raises InputError where it is not UTF-8 or empty."""
-    try:
-        words = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
-    if not words.strip():
-        raise InputError(f"{path} is empty; give a file with text.")
-    return words
 
 
 def _measure(what: str, model: Any, tokenizer: Any, options: dict[str, Any]) -> Any:

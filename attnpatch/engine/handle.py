@@ -125,7 +125,7 @@ class Handle:
                 "a patched model is for inference: call model.eval(), or train un-patched (unpatch_model(model))."
             )
         embeds = kwargs.get("inputs_embeds")
-        inputs = embeds if embeds is not None else kwargs.get("input_ids")
+        inputs: Any = embeds if embeds is not None else kwargs.get("input_ids")
         check_inputs(inputs, kwargs.get("attention_mask"))
         if "ATTNPATCH_BACKEND" in os.environ:
             # input ids may still lie elsewhere than the layers

@@ -50,9 +50,7 @@ class Encoder:
         self.tokenizer = tokenizer
         marks = [tokenizer.token_to_id(f"<|{name}|>") for name in ("begin", "end", "user", "assistant")]
         if None in marks:
-            raise ConfigError(
-                "the tokenizer lacks <|user|> and its kin: use that of attnpatch.testbed.load()[1]"
-            )
+            raise ConfigError("the tokenizer lacks <|user|> and its kin: use that of attnpatch.testbed.load()[1]")
         self.begin, self.end, self.user, self.assistant = marks
         texts = [tokenizer.decode([i], skip_special_tokens=True) for i in range(tokenizer.get_vocab_size())]
         self.space_first = np.array([text[:1].isspace() for text in texts])

@@ -122,7 +122,7 @@ class Handle:
                 "a patched model is for inference: call model.eval(), or train un-patched (unpatch_model(model))."
             )
         embeds = kwargs.get("inputs_embeds")
-        inputs = embeds if embeds is not None else kwargs.get("input_ids")
+        inputs: Any = embeds if embeds is not None else kwargs.get("input_ids")
         check_inputs(inputs, kwargs.get("attention_mask"))
         cache = compat.take_cache(kwargs)
         self.check_cache(cache)

@@ -133,8 +133,11 @@ def unpatch_model(model: Any) -> Any:
 @contextmanager
 def patched(model: Any, patch: Any, **kwargs: Any) -> Iterator[Any]:
     """`with patched(model, "snapkv", budget=1024): ...` patches inside the block only."""
+    from attnpatch.engine.families import unwrap
+
     patch_model(model, patch, **kwargs)
     try:
         yield model
     finally:
-        unpatch_model(model)
+        if hasattr(unwrap(model), "_attnpatch"):  # un-patched inside the block: an error of the block must come through
+            unpatch_model(model)

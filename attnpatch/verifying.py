@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from attnpatch.errors import PatchStateError
+from attnpatch.errors import ConfigError, PatchStateError
 
 
 @dataclass
@@ -55,6 +55,8 @@ def verify(model: Any, patch: Any, *, length: int | None = None, seed: int = 0, 
     if hasattr(base, "_attnpatch"):
         raise PatchStateError("verify needs the un-patched model; call unpatch_model(model) first.")
     patches = resolve(patch, **hyperparameters)
+    if length is not None and length < 1:
+        raise ConfigError(f"length={length}: give the number of prompt tokens to check, at least 1.")
     length = length or (1536 if any("prefill" in p.phases for p in patches) else 128)
     owners = [p.name for p in patches if hasattr(p, "budget")]
     weight = next(base.parameters())

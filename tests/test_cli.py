@@ -173,6 +173,14 @@ def test_unknown_hub_ids_say_what_they_were_taken_for(capsys, monkeypatch):
     assert "no folder 'mymodle' is here, so it was taken as a hub id" in error
 
 
+def test_prompts_that_are_no_text(capsys, monkeypatch):
+    """Both let broken bytes through: a lenient locale's stdin, and Python's reading of a command line."""
+    broken = io.TextIOWrapper(io.BytesIO(b"abc \xff"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", broken)
+    assert "stdin is not UTF-8" in one_error(capsys, *G, "--patch", "snapkv", "--prompt-file", "-")
+    assert "the prompt is not UTF-8" in one_error(capsys, *G, "--patch", "snapkv", "--prompt", "h\udcff")
+
+
 def test_the_hubs_retries_stay_off_the_terminal():
     from logging import ERROR, getLogger
 

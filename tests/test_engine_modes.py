@@ -449,9 +449,18 @@ def test_layers_argument(model):
     assert [layer.held for layer in report.layers] == [40, 12, 40, 12]
 
 
+def test_an_error_of_the_block_comes_through(model):
+    with pytest.raises(KeyError, match="mine"), attnpatch.patched(model, "snapkv"):
+        attnpatch.unpatch_model(model)
+        raise KeyError("mine")
+
+
 def test_verify(model):
     result = attnpatch.verify(model, "snapkv")
     assert result.ok and "worst: covered layer" in str(result)
+    for length in (0, -4):
+        with pytest.raises(ConfigError, match="at least 1"):
+            attnpatch.verify(model, "snapkv", length=length)
     assert not hasattr(model, "_attnpatch")
 
 

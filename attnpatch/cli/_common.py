@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import dataclass, field
@@ -116,14 +117,20 @@ def read_prompt(prompt: str | None, prompt_file: str | None, context_file: str |
     text = prompt if prompt_file is None else _read_file(prompt_file)
     if not text or not text.strip():
         raise InputError("the prompt is empty; give some text.")
+    if any("\ud800" <= x <= "\udfff" for x in text):  # how Python hands on bytes of a command line that are no text
+        raise InputError("the prompt is not UTF-8 text; give it as UTF-8.")
     return text
 
 
 def _read_file(path: str) -> str:
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        if path != "-":
+            return Path(path).read_text(encoding="utf-8")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the locale says
+        return sys.stdin.read()
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+        raise InputError(f"{'stdin' if path == '-' else path} is not UTF-8 text; save it as UTF-8.") from None
 
 
 def read_text(path: str) -> str:

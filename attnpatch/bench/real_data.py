@@ -40,10 +40,9 @@ from attnpatch.patch import get_patch
 from attnpatch.retrieval import TEMPLATE
 
 SETS = (
-    "2wikimqa+hotpotqa+multifieldqa_en+qasper",
-    "narrativeqa+triviaqa+passage_retrieval_en+trec",
-    "abshallu_4k+altqa_4k+meetingqa_4k+paperqa_4k+senhallu_4k",
-)
+    "2wikimqa+multifieldqa_en", "hotpotqa+qasper", "narrativeqa+triviaqa", "passage_retrieval_en+trec",
+    "altqa_4k+meetingqa_4k", "abshallu_4k+senhallu_4k", "paperqa_4k",
+)  # fmt: skip
 HIDDEN = tuple(
     f"{kind}:{place}"
     for place in ("32000:dense-4096", "32000:dense-12288", "32000:last", "32000:3", "128000:dense-4096", "128000:3",

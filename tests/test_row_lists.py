@@ -180,6 +180,22 @@ def test_slots_that_are_not_positions(rows):
     check(q, kv, lists(q, kv, columns=9, sink=30, window=11), ctx)
 
 
+def distinct(kv, width=21, window=11):
+    """Ascending columns without repeats, their own in every KV head, fewer in some; some lie in the window."""
+    g, (batch, heads, slots, _) = torch.Generator().manual_seed(3), kv.k.shape
+    columns = torch.rand(batch, heads, slots, generator=g).argsort(-1)[..., :width].sort(-1).values.to(torch.int32)
+    meant = torch.arange(width) < torch.randint(1, width + 1, (batch, heads, 1), generator=g)
+    return Selection(columns=columns.masked_fill(~meant, -1), distinct=True, window=window)
+
+
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize(("rows", "short"), [(70, 0), (70, 9), (23, 0)], ids=["prompt", "padded", "chunk"])
+def test_distinct_columns_beside_a_window(rows, short, group):
+    for dtype in (torch.float32, torch.bfloat16):
+        q, kv, ctx = problem(rows, 70, group=group, kv_heads=2, short=short, dtype=dtype)
+        check(q, kv, distinct(kv), ctx)
+
+
 def test_positions_need_not_exist_where_slots_say_it_all():
     q, kv, ctx = problem(30, 70)
     selection = lists(q, kv, **EVERYTHING)
@@ -296,6 +312,7 @@ def interpreted():
     q, kv, ctx = problem(37, 75, group=2, kv_heads=1)
     for more in PARTS[1:7]:
         compared(q, kv, lists(q, kv, **more), ctx)
+    compared(q, kv, distinct(kv), ctx)
     ctx.softcap = 2.0
     compared(q, kv, lists(q, kv, rows=slice(10, 33), one_batch=True, **EVERYTHING), ctx)
     q, kv, ctx = problem(1, 75, group=4)  # decoding

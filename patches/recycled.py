@@ -38,7 +38,9 @@ class RefreshKV(Patch):
     min_budget: int = option(512, "fewest keys listed, whatever the ratio", low=1)
     schedule: str = option("qc", "full steps by a query comparison, or at a fixed stride", choices=("qc", "fixed"))
     stride: int = option(5, "every how manieth decode step compares queries (qc) or is full (fixed)", low=1)
-    threshold: float = option(0.85, "qc: cosine of queries up to which a step is full; differs by model family")
+    threshold: float = option(
+        0.85, "qc: cosine of queries up to which a step is full; differs by model family", low=-1.01, high=1.01
+    )
     kernel_size: int = option(7, "pooling width over neighbouring scores, odd; 1 = none", low=1, odd=True)
     gqa: str = option("group_max", "scores of a KV head from its query heads", choices=("group_max", "group_mean"))
     force_self: bool = option(True, "list the newest key whatever its score; its own column is not pooled")

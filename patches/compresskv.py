@@ -136,6 +136,12 @@ class CompressKV(EvictPatch):
             found = _heads.load(self.name, self.profile, config, ("semantic-heads",))
             order = _heads.table(self.name, found, "order", config, "heads").tolist()
             self._order = {i: row for i, row in enumerate(order) if min(row) >= 0}
+            wrong = [i for i, row in self._order.items() if max(row) >= shape["heads"] or not _distinct(row)]
+            if wrong:
+                raise ConfigError(
+                    f"{self.name}: the semantic-heads profile is damaged: its order of layer {wrong[0]} is none of "
+                    f"heads 0..{shape['heads'] - 1}; make it again."
+                )
         elif self.heads is None:
             raise ConfigError(
                 f"{self.name} needs to know which heads vote; give profile=FOLDER, made of this model with: attnpatch "

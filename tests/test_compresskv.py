@@ -21,7 +21,7 @@ NAN = math.nan
 SMALL = {"window_size": 4, "kernel_size": 3, "first_k": 2}
 LAYERS = {"llama": range(4), "qwen3": range(4), "gemma3": [3]}
 ORDER = {
-    name: [[(3 * i + 2) % 4, i % 4, (i + 3) % 4, (i + 1) % 4] if i in layers else [-1] * 4 for i in range(4)]
+    name: [[(i + 2) % 4, i % 4, (i + 3) % 4, (i + 1) % 4] if i in layers else [-1] * 4 for i in range(4)]
     for name, layers in LAYERS.items()
 }
 LLAMA = [
@@ -237,8 +237,13 @@ GAP = [[0, 1, 2, 3], [-1] * 4, [0, 1, 2, 3], [0, 1, 2, 3]]
         ({"profile": profile("llama", ORDER["llama"][:3])}, "incomplete: 'order' holds 3 layers, the model has 4"),
         ({"profile": profile("qwen3")}, "made for another model \\(model_type 'qwen3' instead of 'llama'\\)"),
         ({"profile": Profile("sinks", {}, {}, {})}, "kind 'sinks'; allowed: semantic-heads"),
+        (
+            {"profile": profile("llama", [[0, 1, 2, 3], [0, 1, 2, 9], *ORDER["llama"][2:]])},
+            "layer 1 is none of heads 0..3",
+        ),
+        ({"profile": profile("llama", [[0, 1, 2, 2], *ORDER["llama"][1:]])}, "damaged: its order of layer 0 is none"),
     ],
-    ids=range(20),
+    ids=range(22),
 )
 def test_refusals(hyper, words):
     with pytest.raises(ConfigError, match=words):

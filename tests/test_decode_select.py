@@ -679,6 +679,7 @@ def test_composition():
     ("recycled", {"threshold": -1.02}, "threshold=-1.02 is too small; it must be at least -1.01"),
     ("recycled", {"schedule": "never"}, "choose one of 'qc', 'fixed'"),
     ("recycled", {"stride": 0}, "stride=0 is too small; it must be at least 1"),
+    ("recycled", {"threshold": 1.02}, "threshold=1.02 is too large; it must be at most 1.01"),
     ("recycled", {"min_budget": 0}, "min_budget=0 is too small"),
     ("recycled", {"kernel_size": 4}, "kernel_size=4 is even"),
     ("recycled", {"kernel_size": 0}, "kernel_size=0 is too small"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import CACHE, tiny
+from oracle import CACHE, run_both, tiny
 from profiles import head_profile
 from test_engine_modes import padded_turns
 from test_methods import feed, held, prompt
@@ -163,3 +163,48 @@ def test_unpatching_is_exact_and_threads_of_a_model_share_nothing(patch):
             together = [feed(model, part, cache=c)[0] for part in (ids, ids[:, :1]) for c in first]
             assert torch.equal(together[0], together[1]) and torch.equal(together[2], together[3])
         assert torch.equal(model(ids).logits, before)
+
+
+# ---- every method that stores heads at their own lengths -------------------------------------------------------------
+ALL = {
+    **METHODS,
+    "adakv": {"budget": 300, "window_size": 8, "alpha": 0.0},
+    "taskkv": {"budget": 0.4, "sink": 4, "recent": 32, "last_full": 1, "supplement": 0},
+}
+LONG = {"num_hidden_layers": 2, "max_position_embeddings": 4096}
+
+
+def settings(patch):
+    """As METHODS, for the model of LONG."""
+    given = dict(ALL[patch])
+    if "profile" in given:
+        given["profile"] = head_profile("llama", SCORES[:2], given["profile"].kind, **LONG)
+    return {**given, "recent": 300} if patch == "duoattention" else given
+
+
+@pytest.mark.parametrize("patch", ALL)
+def test_bytes_are_those_of_the_entries(patch):
+    """After a long prompt and through 90 steps, at most 3 per cent more is allocated than the entries need."""
+    model, (first, *steps) = tiny("llama", **LONG), prompt(2, 1500 + 90).split([1500, *[1] * 90], 1)
+    with attnpatch.patched(model, patch, **settings(patch)), torch.no_grad():
+        cache = attnpatch.PatchCache(model)
+        model(first, **{CACHE: cache})
+        for number, step in enumerate(steps):
+            model(step, **{CACHE: cache})
+            if number % 30 == 29:
+                for layer in cache.layers:
+                    entries = int(layer.packed.count.sum())
+                    extra = 0 if layer.extra is None else layer.extra.k.numel() // 16
+                    size = (entries + extra) * 16 * 2 * 4
+                    assert entries >= 1000 and size <= layer.bytes_held() <= 1.03 * size
+        for told, layer in zip(attnpatch.status(model).layers, cache.layers, strict=True):
+            assert told.bytes_held == layer.bytes_held() < told.bytes_dense
+
+
+@pytest.mark.parametrize("patch", [p for p in ALL if p != "razorattention"])  # its mean is no entry of the oracle's
+def test_three_hundred_steps_equal_masking(patch):
+    given = {**settings(patch), "budget": 0.4} if patch in ("adakv", "taskkv") else ALL[patch]
+    feeds = prompt(2, 60 + 300).split([60, *[1] * 300], 1)
+    worst, cache = run_both("llama", patch, feeds, dtype=torch.float64, **given)
+    assert worst < 2e-5 and cache.get_seq_length() == 360
+    assert any(layer.packed is not None for layer in cache.patched)

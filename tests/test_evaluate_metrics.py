@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from attnpatch.errors import InputError
-from attnpatch.evaluate.metrics import METRICS, normalise, score
+from attnpatch.evaluate.metrics import METRICS, normalise, score, yes_no_f1
 from attnpatch.evaluate.rouge import rouge_l_f
 from attnpatch.evaluate.sample import Sample
 
@@ -41,6 +41,9 @@ CASES = [
     ("first_line_match", "The garden.\nQuestion: more", ["garden"], 100, (), {}),
     ("first_line_match", "milk", ["milk,football"], 0, (), {}),
     ("substring_match", "It was the Röntgen, W.", ["nobody", "Röntgen"], 100, (), {}),
+    ("substring_match", "Nobody knows.\nRöntgen", ["Röntgen"], 0, (), {}),
+    ("value_match", "It is 0D7B-e034.", ["0d7b-e034"], 100, (), {}),
+    ("value_match", "0d7be034", ["0d7b-e034"], 0, (), {}),
     ("last_number", "line 7 has 2416.", ["2416"], 100, (), {}),
     ("last_number", "2416 on line 7", ["2416"], 0, (), {}),
     ("final_number", "so 9*2=18 #### 1,018", ["x #### 1018"], 100, (), {}),
@@ -49,6 +52,8 @@ CASES = [
     ("final_number", "it is -18", ["18"], 0, (), {}),
     ("choice", "The correct answer is (B).", ["B"], 100, (), {}),
     ("choice", "**The correct answer is B**", ["B"], 100, (), {}),
+    ("choice", "The correct answer is B. No: The correct answer is (C)", ["C"], 100, (), {}),
+    ("choice", "A. Or: The correct answer is (B)", ["B"], 100, (), {}),
     ("choice", "(C) because A", ["C"], 100, (), {}),
     ("choice", "A dog", ["A"], 100, (), {}),
     ("choice", "Because of D", ["D"], 0, (), {}),
@@ -81,6 +86,14 @@ def test_an_empty_answer_scores_nothing_and_the_range_holds(metric):
     for text in ("1", "1 1 1", "Yes " * 9, "\x00", "😀", "." * 40, "[" * 30, "A" * 3000):
         assert 0.0 <= score(text, one) <= 100.0
     assert METRICS[metric].__doc__
+
+
+def test_bamboos_figures_of_a_whole_set():
+    answers = ["Yes.", "Yes.", "Yes.", "No.", "No."]
+    found = yes_no_f1(["Yes.", "yes, it is", "No.", "Yes", ""], answers)
+    assert found == pytest.approx({"precision": 200 / 3, "recall": 200 / 3, "f1": 200 / 3})
+    assert yes_no_f1(answers, answers) == {"precision": 100.0, "recall": 100.0, "f1": 100.0}
+    assert yes_no_f1([""] * 5, answers) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
 
 
 def test_normalisation_is_squads():

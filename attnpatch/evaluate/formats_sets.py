@@ -150,11 +150,12 @@ def lost_in_the_middle(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> 
         if "ordered_kv_records" in row:
             pairs = [f'"{key}": "{value}"' for key, value in row["ordered_kv_records"]]
             context, question, template = "{" + ",\n ".join(pairs) + "}", f'Key: "{row["key"]}"', _KV
-            answers, task, meta = (row["value"],), "kv-retrieval", {"keys": len(pairs)}
+            answers, task, metric = (row["value"],), "kv-retrieval", "value_match"
+            meta = {"keys": len(pairs)}
         else:
             passages, place = _search_results(rows, number)
             context = "\n".join(f"Document [{i}](Title: {title}) {text}" for i, (title, text) in enumerate(passages, 1))
-            question, template, task = row["question"], _DOCUMENTS, "nq-open"
+            question, template, task, metric = row["question"], _DOCUMENTS, "nq-open", "substring_match"
             answers, meta = tuple(row["answers"]), {"gold": place, "documents": len(passages)}
         yield Sample(
             id=str(row.get("id", name)),
@@ -162,7 +163,7 @@ def lost_in_the_middle(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> 
             context=context,
             questions=(question,),
             answers=(answers,),
-            metric="substring_match",
+            metric=metric,
             max_new_tokens=100,
             template=template,
             meta=meta,

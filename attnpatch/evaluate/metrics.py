@@ -149,9 +149,17 @@ def _first_line_match(prediction: str, answer: str, sample: Sample) -> float:
 
 
 def _substring_match(prediction: str, answer: str, sample: Sample) -> float:
-    """Lost in the Middle: the normalised answer occurs in the normalised prediction."""
+    """Lost in the Middle, NQ-Open: the normalised answer occurs in the prediction's normalised first line.
+
+    First line only: an answer that copies the context would hold the gold answer, too.
+    """
     wanted = normalise(answer)
-    return float(bool(wanted) and wanted in normalise(prediction))
+    return float(bool(wanted) and wanted in normalise(prediction.split("\n")[0]))
+
+
+def _value_match(prediction: str, answer: str, sample: Sample) -> float:
+    """Lost in the Middle, key-value retrieval: the value occurs in the prediction, whatever its case."""
+    return float(bool(answer) and answer.lower() in prediction.lower())
 
 
 def _last_number(prediction: str, answer: str, sample: Sample) -> float:
@@ -171,9 +179,15 @@ def _final_number(prediction: str, answer: str, sample: Sample) -> float:
 
 
 def _choice(prediction: str, answer: str, sample: Sample) -> float:
-    """LongBench v2's letter ("The correct answer is (B)"); else a letter that stands first, such as "B" or "(B)."."""
+    """LongBench v2's letter: "The correct answer is (B)", else "The correct answer is B".
+
+    Where the sentence is missing, a letter that stands first counts, such as "B" or "(B).".
+    """
     text = prediction.replace("*", "")
-    found = re.search(r"The correct answer is \(?([A-Z])\b", text) or re.match(r"\s*\(?([A-Z])(?![A-Za-z'])", text)
+    for pattern in (r"The correct answer is \(([A-Z])\)", r"The correct answer is ([A-Z])"):
+        if found := re.search(pattern, text):
+            return float(found[1] == answer)
+    found = re.match(r"\s*\(?([A-Z])(?![A-Za-z'])", text)
     return float(found is not None and found[1] == answer)
 
 
@@ -201,7 +215,8 @@ def _bamboo_exact(prediction: str, answer: str, sample: Sample) -> float:
 def _bamboo_yes_no(prediction: str, answer: str, sample: Sample) -> float:
     """BAMBOO's hallucination tasks: "yes" among the first three characters, else no.
 
-    Per answer this is accuracy; BAMBOO reports precision, recall and F1 of a whole set. An empty answer is wrong here.
+    Per answer this is accuracy; a result file also has BAMBOO's precision, recall and F1 of the whole set
+    (`yes_no_f1`). An empty answer is wrong here.
     """
     text = prediction.strip().lower()
     return float(bool(text) and ("yes" in text[:3]) == (answer.strip().lower().startswith("yes")))
@@ -228,6 +243,23 @@ def unscored(prediction: str, answers: Sequence[str], sample: Sample) -> float:
     )
 
 
+def yes_no_f1(predictions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """BAMBOO's figures of a hallucination set, 0 to 100: precision, recall and F1 of "yes" (0 where undefined).
+
+    predictions, answers: one of each a question, as `bamboo_yes_no` reads them; an empty prediction is a "no".
+    """
+    said = ["yes" in one.strip().lower()[:3] for one in predictions]
+    right = [one.strip().lower().startswith("yes") for one in answers]
+    hits = sum(a and b for a, b in zip(said, right, strict=True))
+
+    def share(of: int) -> float:
+        return 100.0 * hits / of if of else 0.0
+
+    precision, recall = share(sum(said)), share(sum(right))
+    both = precision + recall
+    return {"precision": precision, "recall": recall, "f1": 2.0 * precision * recall / both if both else 0.0}
+
+
 METRICS: dict[str, Metric] = {
     "qa_f1": _best(_qa_f1),
     "qa_f1_zh": _best(_qa_f1_zh),
@@ -243,6 +275,7 @@ METRICS: dict[str, Metric] = {
     "exact_match": _best(_exact_match),
     "first_line_match": _best(_first_line_match),
     "substring_match": _best(_substring_match),
+    "value_match": _best(_value_match),
     "last_number": _best(_last_number),
     "final_number": _best(_final_number),
     "choice": _best(_choice),

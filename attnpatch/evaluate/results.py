@@ -182,6 +182,11 @@ def _line(label: str, task: str, samples: list[Sample], rows: dict[Key, dict[str
     if label != DENSE and both:
         pairs = [(_mean(r["scores"]), _mean(d["scores"])) for r, d in both]
         line["over_dense"] = stats.paired([a for a, _ in pairs], [b for _, b in pairs], seed).as_dict()
+    if all(s.metric == "bamboo_yes_no" for s in samples):
+        from attnpatch.evaluate.metrics import yes_no_f1
+
+        gold = {s.id: s.answers[0][0] for s in samples}
+        line["whole_set"] = yes_no_f1([r["predictions"][0] for r in done], [gold[r["id"]] for r in done])
     if found := by_depth([(s, rows[label, task, s.id]) for s in samples if (label, task, s.id) in rows]):
         line["depths"] = found
     if cut := sum(bool(r["cut"]) for r in done):

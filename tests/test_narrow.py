@@ -113,3 +113,17 @@ def test_the_bench_fits_and_breaks_no_word(capsys):
         "1 run,",
     ):
         assert word in out, word
+
+
+def test_explain_of_two_methods_says_how(capsys):
+    assert run(["explain", "flexprefill+snapkv"]) == 2
+    assert "one method, not 'flexprefill+snapkv'; ask for flexprefill and snapkv in turn" in capsys.readouterr().err
+
+
+def test_status_says_a_reason_once():
+    from attnpatch.report import Status
+
+    why = "the fastest that fits; not fa4: no CUDA; not fa3: no CUDA; not flash: old; plainly; not fa2: old"
+    text = str(Status({"snapkv": {}}, [], "sdpa", why))
+    assert "backend: sdpa (the fastest that fits; not fa4, fa3: no CUDA; not flash, fa2: old; plainly)" in text
+    assert "backend: torch (forced by X)" in str(Status({}, [], "torch", "forced by X"))

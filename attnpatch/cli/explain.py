@@ -41,6 +41,8 @@ def explain(
 
     from attnpatch.patch import describe, get_patch
 
+    if "+" in patch:
+        raise ConfigError(f"explain shows one method, not {patch!r}; ask for {' and '.join(patch.split('+'))} in turn.")
     cls = get_patch(patch)
     rows = list(describe(cls))
     allowed = {f.name: f.metadata.get("choices") for f in fields(cls)}

@@ -102,3 +102,8 @@ def test_site_builds(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "site/methods/snapkv/index.html").is_file()
+
+
+def test_choose_places_every_method():
+    text = (DOCS / "choose.md").read_text(encoding="utf-8")
+    assert [name for name in OWN if f"`{name}`" not in text] == []

@@ -101,7 +101,11 @@ def test_site_builds(tmp_path):
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "site/methods/snapkv/index.html").is_file()
+    assert (tmp_path / "site/methods/snapkv/index.html").is_file() and not (tmp_path / "site/nav.py").exists()
+    first = (tmp_path / "site/index.html").read_text(encoding="utf-8").partition("md-sidebar--primary")[2]
+    order = re.findall(r'href="([^"#]+)" class="md-nav__link"', first)
+    assert order.index("choose/") < order.index("methods/snapkv/") < order.index("errors/")
+    assert {f"methods/{name}/" for name in OWN} <= set(order)
 
 
 def test_choose_places_every_method():

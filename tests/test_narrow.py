@@ -110,7 +110,7 @@ def test_the_bench_fits_and_breaks_no_word(capsys):
         "claimed",
         "padding",
         "25.9%",
-        "1 run,",
+        "one run each",
     ):
         assert word in out, word
 

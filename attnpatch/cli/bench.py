@@ -263,7 +263,8 @@ def milliseconds(times: dict[str, float]) -> str:
 
 
 def _range(times: dict[str, float], unit: float = 1) -> str:
-    return f"{times['min'] / unit:.3g} to {times['max'] / unit:.3g}"
+    """A line with the least and the most; nothing for a single run."""
+    return "" if times["min"] == times["max"] else f"\n{times['min'] / unit:.3g} to {times['max'] / unit:.3g}"
 
 
 def print_table(body: dict[str, Any]) -> None:
@@ -282,7 +283,7 @@ def print_table(body: dict[str, Any]) -> None:
     reasons = dict.fromkeys(f"{r['label']}: {r['reason']}" for r in body["rows"] if "failed" in r)
     console.print(Text("\n".join([
         f"{body['model']}, {body['layers']} layers, {body['dtype']}, {body['device']}; {body['prompts']}; "
-        f"medians of {runs} run{'s' if runs > 1 else ''}, below them the least and the most",
+        + (f"medians of {runs} runs, below them the least and the most" if runs > 1 else "one run each"),
         f"peak memory: {body['memory']}; below it, over what was in use before the run",
         "KV: allocated = claimed (entries that hold a token) + padding + spare; below it, its share of dense",
         *notes, *reasons,
@@ -301,8 +302,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     share = f"\n{over['kv_allocated']:.1%}" if over else ""
     return [
         *start,
-        f"{milliseconds(first)}\n{_range(first, unit)}",
-        "-" if decode is None else f"{decode['median']:.1f}\n{_range(decode)}",
+        f"{milliseconds(first)}{_range(first, unit)}",
+        "-" if decode is None else f"{decode['median']:.1f}{_range(decode)}",
         peak if more is None else f"{peak}\n+{c.human_bytes(more)}",
         f"{c.human_bytes(kv['allocated'])}{share}",
         c.human_bytes(kv["claimed"]),

@@ -313,7 +313,7 @@ def show(body: dict[str, Any], as_json: bool) -> None:
     how = "chat template" if body["chat"] else "raw text"
     typer.echo(f"{body['protocol']}, {how}, {body['dtype']} on {body['device']}")
     for task in body["tasks"]:
-        typer.echo(f"\n{task['task']}: {task['metric']}, {task['samples']} samples")
+        typer.echo(f"\n{task['task']}: {task['metric']}, {counted(task['samples'], 'sample')}")
         heading = ("", "n", "score [95 %]", "over dense [95 %]", "verdict", "KV kept")
         c.print_columns([heading, *map(cells, task["runs"])])
         notes(task)
@@ -340,6 +340,11 @@ def notes(task: dict[str, Any]) -> None:
         if "perplexity" in line:
             typer.echo(f"{line['run']}: perplexity {line['perplexity']:.3f} (score: nats per token)")
         if "truncated" in line:
-            typer.echo(f"{line['run']}: the middle was taken out of {line['truncated']} contexts")
+            typer.echo(f"{line['run']}: the middle was taken out of {counted(line['truncated'], 'context')}")
         for note in line.get("notes", ()):
             typer.echo(f"{line['run']}: {note}")
+
+
+def counted(n: int, word: str) -> str:
+    """'1 sample', '2 samples'."""
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from attnpatch.cli import _common as c
+from attnpatch.cli.screen import slim_table
 from attnpatch.errors import ConfigError
 from attnpatch.units import parse_tokens, split_list
 
@@ -273,7 +274,7 @@ def print_table(body: dict[str, Any]) -> None:
     from rich.text import Text
 
     heads = ("tokens x batch", "method", "first token", "decode tok/s", "peak memory", "KV", "claimed")
-    table = c.slim_table((*heads, "padding"), lines=True)
+    table = slim_table((*heads, "padding"), lines=True)
     for row in body["rows"]:
         table.add_row(*(Text(x) for x in cells(row)))
     console = Console()

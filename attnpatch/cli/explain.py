@@ -9,16 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from attnpatch.cli import picture
-from attnpatch.cli._common import (
-    JsonOption,
-    SetOption,
-    folded,
-    load_model,
-    print_columns,
-    print_json,
-    required_recipe,
-)
+from attnpatch.cli._common import JsonOption, SetOption, load_model, print_columns, print_json, required_recipe
 from attnpatch.cli.listing import STAGES
+from attnpatch.cli.screen import folded
 from attnpatch.errors import ConfigError
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from attnpatch.cli._common import JsonOption, folded, print_columns, print_json
+from attnpatch.cli._common import JsonOption, print_columns, print_json
+from attnpatch.cli.screen import folded
 
 STAGES = {
     "prefill": "the prompt is computed over fewer keys",

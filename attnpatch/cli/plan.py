@@ -10,6 +10,7 @@ import typer
 
 from attnpatch.cli import _common as c
 from attnpatch.cli.bench import LayersOption, ModelOption, PatchesOption, RecipesOption, SetsOption, chosen_variants
+from attnpatch.cli.screen import slim_table
 from attnpatch.errors import ConfigError
 from attnpatch.units import parse_bytes, parse_tokens
 
@@ -147,7 +148,7 @@ def print_plan(name: str, ask: Ask, facts: Facts, rows: list[Row]) -> None:
         f"{name}: {ask.batch} x {ask.context} + {ask.new_tokens} tokens in {size(ask.memory)}\n"
         f"weights {size(facts.weights)}, dense KV {size(dense_kv(ask, facts))}, reserve {size(ask.reserve)}"
     ))  # fmt: skip
-    table = c.slim_table(HEADINGS)
+    table = slim_table(HEADINGS)
     for row in rows:
         table.add_row(*(Text(x) for x in cells(row, ask)))
     console.print(table)

@@ -127,3 +127,21 @@ def test_status_says_a_reason_once():
     text = str(Status({"snapkv": {}}, [], "sdpa", why))
     assert "backend: sdpa (the fastest that fits; not fa4, fa3: no CUDA; not flash, fa2: old; plainly)" in text
     assert "backend: torch (forced by X)" in str(Status({}, [], "torch", "forced by X"))
+
+
+def test_a_testbed_task_for_another_tokenizer_says_which_task_to_take():
+    from tokenizers import Tokenizer, models
+
+    from attnpatch.errors import ConfigError
+    from attnpatch.testbed.build import Encoder
+
+    with pytest.raises(ConfigError, match="--model testbed.*, or a task for any model, such as needle"):
+        Encoder(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+
+
+def test_a_prompt_of_one_paragraph_names_the_options_of_the_command_line():
+    from attnpatch.errors import InputError
+    from attnpatch.retrieval import last_paragraph
+
+    with pytest.raises(InputError, match="--context-file with --question .or use attnpatch ask"):
+        last_paragraph("Only one paragraph.")

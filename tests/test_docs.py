@@ -57,6 +57,13 @@ def test_quoted_errors_exist():
     assert [q for q in quoted if q not in plain] == []
 
 
+def test_files_named_by_contributing_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r"`((?:tests|docs|recipes|patches|\.ci)/[\w./-]*)`", text)
+    assert len(named) > 5 and [n for n in named if not (ROOT / n).exists()] == []
+    assert "](CONTRIBUTING.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_methods_named_exist():
     for page in ("choose.md", "what-can-go-wrong.md"):
         for name in re.findall(r"`([a-z0-9]+(?:\+[a-z0-9]+)*)`", (DOCS / page).read_text(encoding="utf-8")):

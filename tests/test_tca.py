@@ -9,6 +9,7 @@ from attnpatch.patches import tca
 from attnpatch.patches.tca import TCA
 from oracle import CACHE, CONFIGS, positions, tiny
 from selections import layer, noise, pairs
+from test_engine_modes import Waits
 from test_methods import feed, held, prompt
 
 import attnpatch
@@ -262,6 +263,22 @@ def test_recompress_keeps_what_is_left_of_each_block():
         for a, b in zip(old, new, strict=True):
             assert b >= set(range(8)) | set(range(72, 88)) and b <= a | set(range(61, 88))
             assert all(b & set(range(i, i + 8)) for i in range(0, 88, 8)) and len(b) < len(a) + 27
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_only_the_steps_that_look_wait_for_the_device(padded):
+    mask = torch.ones(2, 61).long()
+    mask[1, : 13 * padded] = 0
+    with attnpatch.patched(tiny("llama"), "tca", **WIDE) as model, torch.no_grad():
+        cache, waited = attnpatch.PatchCache(model), []
+        for step in range(18):
+            ids = prompt(2, 61 if step == 0 else 1, seed=step)
+            pos = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            with Waits() as waits:
+                model(ids, attention_mask=mask, position_ids=pos, **{CACHE: cache})
+            waited += [step] * bool(waits.found)
+            mask = torch.cat([mask, torch.ones(2, 1).long()], 1)
+    assert waited == [0, 8, 16]
 
 
 def test_beams_crop_and_status():

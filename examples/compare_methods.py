@@ -1,4 +1,4 @@
-"""Evicting methods that take a budget and need no profile, at the same one, on the same needles: right answers, Wilson intervals, time."""
+"""Evicting methods that take a budget, at one budget, on the same needles: right answers, Wilson intervals, time."""
 
 import argparse
 import time

@@ -243,7 +243,11 @@ def build(cls: type[Patch], values: dict[str, Any]) -> Patch:
     """Instantiate with an error that lists the allowed keywords."""
     allowed = {f.name for f in fields(cls) if f.init}
     if unknown := sorted(set(values) - allowed):
-        raise ConfigError(f"{cls.name} has no hyperparameter {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}.")
+        near = difflib.get_close_matches(unknown[0].lower(), allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"{cls.name} has no hyperparameter {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}.{hint}"
+        )
     return cls(**values)
 
 

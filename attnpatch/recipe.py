@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -134,7 +135,11 @@ def _read(name_or_path: str | Path) -> tuple[str, str, str]:
         return (resources.files("attnpatch.recipes") / f"{given}.yaml").read_text(encoding="utf-8"), given, given
     path = Path(name_or_path)
     if path.suffix.lower() not in (".yaml", ".yml"):
-        raise ConfigError(f"unknown recipe {given!r}; packaged: {', '.join(known)}. Or give the path of a .yaml file.")
+        near = difflib.get_close_matches(given.lower(), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"unknown recipe {given!r}; packaged: {', '.join(known)}. Or give the path of a .yaml file.{hint}"
+        )
     try:
         return path.read_text(encoding="utf-8"), given, path.stem
     except FileNotFoundError:

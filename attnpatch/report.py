@@ -104,7 +104,7 @@ class Status:
         skipped = [layer for layer in self.layers if not layer.covered]
         lines.append(f"layers: {len(self.layers) - len(skipped)} of {len(self.layers)} patched")
         lines += [f"  layer {layer.index} left alone: {layer.reason}" for layer in skipped]
-        lines.append(f"backend: {self.backend} ({self.backend_reason})")
+        lines.append(f"backend: {self.backend} ({_grouped(self.backend_reason)})")
         lines += [f"lists: {text}" for text in dict.fromkeys(layer.backend for layer in self.layers) if text]
         for layer in self.layers:
             if layer.seen:
@@ -118,6 +118,18 @@ class Status:
             share = self.bytes_held / self.bytes_dense
             lines.append(f"KV: {self.bytes_held:,} of {self.bytes_dense:,} bytes ({share:.1%})")
         return "\n".join([*lines, self.note] if self.note else lines)
+
+
+def _grouped(reason: str) -> str:
+    """'not a: w; not b: w' -> 'not a, b: w': what stands in the way of several backends is said once."""
+    parts: dict[str, list[str]] = {}
+    for part in reason.split("; "):
+        name, _, why = part.removeprefix("not ").partition(": ")
+        if part.startswith("not ") and why:
+            parts.setdefault(why, []).append(name)
+        else:
+            parts[part] = []
+    return "; ".join(f"not {', '.join(names)}: {why}" if names else why for why, names in parts.items())
 
 
 def status(model: Any) -> Status:

@@ -296,7 +296,10 @@ def last_paragraph(text: str) -> tuple[str, str]:
     """(what stands before, the last paragraph). Raises InputError where there is only one."""
     before, _, question = text.rstrip().rpartition("\n\n")
     if not before.strip():
-        raise InputError("the prompt is one paragraph, so its question is not known; pass question=... to generate.")
+        raise InputError(
+            "the prompt is one paragraph, so its question is not known; pass question=... to generate, or on the "
+            "command line --context-file with --question (or use attnpatch ask)."
+        )
     return before, question
 
 

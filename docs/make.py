@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ STAGES = {
 }
 
 
+LONG = 60
+"""Characters above which a recipe's value is left to `attnpatch recipe show`."""
+
+
 def cell(value: Any) -> str:
     """A value in a table."""
     text = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
@@ -48,8 +53,50 @@ def options(cls: type[Patch], recipes: list[Recipe]) -> list[str]:
     for name, kind, default, text in describe(cls):
         one_of = f" ({', '.join(map(cell, allowed[name]))})" if allowed[name] else ""
         mine = f"`{cell(values[name])}`" if name in values else ""
-        cells = [f"`{name}`", cell(kind), f"`{cell(default)}`", mine, cell(text) + one_of, cell(sources.get(name, ""))]
+        if len(mine) > LONG:
+            mine = f"(long: `attnpatch recipe show {cls.name}`)"
+        cells = [
+            f"`{name}`",
+            "" if kind == "Any" else cell(kind),
+            f"`{cell(default)}`",
+            mine,
+            cell(text) + one_of,
+            cell(sources.get(name, "")),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def commands(cls: type[Patch], recipe: Recipe) -> list[str]:
+    """The command lines that use a recipe, with the profile that its method cannot do without."""
+    if cls.stage == "retrieve":
+        return [f'attnpatch ask --model PATH --recipe {recipe.name} --file book.txt "Who signed it?"']
+    run = f"attnpatch generate --model PATH --recipe {recipe.name} --prompt-file prompt.txt"
+    if not cls.needs_profile or recipe.name != cls.name:
+        return [run]
+    text = next(f.metadata["help"] for f in fields(cls) if f.name == "profile")
+    (what,) = re.findall(r"[a-z]+-heads", text)[:1]
+    return [
+        f"attnpatch profile --what {what} --model PATH --out heads",
+        run.replace(" --prompt", " --set profile=heads --prompt"),
+    ]
+
+
+def script(cls: type[Patch], recipes: list[Recipe]) -> list[str]:
+    """The method in a script, with what it cannot do without."""
+    names = [f.name for f in fields(cls)]
+    if cls.stage == "retrieve":
+        call = "found = attnpatch.retrieve(model, tokenizer, text, question)  # .answer, .sentences"
+    else:
+        given = ', profile="FOLDER"' if cls.needs_profile or cls.stage == "calibrate" else ""
+        given += ", budget=0.25" if "budget" in names else ""
+        call = f'attnpatch.patch_model(model, "{cls.name}"{given})'
+    lines = ["", "## In a script", "", "```python", call, "```"]
+    if cls.stage == "calibrate":
+        lines += ["", f"The folder comes from `attnpatch calibrate --patch {cls.name}`: [Calibrate](../calibrate.md)."]
+    evidence = dict.fromkeys(r.evidence for r in recipes if r.evidence)
+    if evidence:
+        lines += ["", f'Measured in: {", ".join(f"`recipes/{x}`" for x in evidence)} (README, "Measured").']
     return lines
 
 
@@ -63,11 +110,11 @@ def page(cls: type[Patch]) -> str:
         + ("looks at the question" if cls.query_aware else "does not look at the question"), "",
         what, "", inspect.getdoc(cls) or "", "", "## Hyperparameters", "",
     ]  # fmt: skip
-    lines += options(cls, recipes)
+    lines += options(cls, recipes) + script(cls, recipes)
     for recipe in recipes:
         lines += ["", f"## Recipe `{recipe.name}`", "", recipe.description, ""]
         lines += [f"Families: {', '.join(recipe.families)}.", ""] if recipe.families else []
-        lines += ["```bash", f"attnpatch generate --model PATH --recipe {recipe.name} --prompt-file prompt.txt", "```"]
+        lines += ["```bash", *commands(cls, recipe), "```"]
     lines.append("")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """The documentation: method pages are current, every hyperparameter is explained, quoted errors exist, snippets run."""
 
+import ast
 import importlib.util
 import re
 from dataclasses import fields
@@ -46,6 +47,32 @@ def test_every_hyperparameter_is_documented(name):
         assert len(f.metadata.get("help", "")) >= 10, f"{name}.{f.name} has no help"
         assert f"| `{f.name}` |" in text
     assert OWN[name].title and len((OWN[name].__doc__ or "").split()) > 15
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_commands_and_calls_of_a_page_are_right(name):
+    """Every call builds, every command line names options there are, and no table cell is a wall of numbers."""
+    import typer
+
+    from attnpatch.cli.main import app
+
+    text = (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8")
+    (call,) = re.findall(r"^```python\n(.*?)\n```", text, re.S | re.M)
+    if "patch_model" in call:
+        words = ast.parse(call).body[0].value
+        values = {k.arg: ast.literal_eval(k.value) for k in words.keywords}
+        assert words.args[1].value == name and set(values) <= {f.name for f in fields(OWN[name])}
+        if "profile" not in values:
+            patch.build(OWN[name], values)
+    commands = typer.main.get_command(app).commands
+    lines = re.findall(r"^attnpatch .*", text, re.M)
+    assert lines and all(set(re.findall(r" (--[a-z-]+)", x)) <= options(commands[x.split()[1]]) for x in lines)
+    assert ("--set profile=heads" in text) == (OWN[name].needs_profile and f"## Recipe `{name}`" in text)
+    assert all(len(c) < 250 for x in text.splitlines() if x.startswith("|") for c in re.split(r"(?<!\\\\)\|", x))
+
+
+def options(command):
+    return {name for parameter in command.params for name in parameter.opts}
 
 
 def test_quoted_errors_exist():
@@ -95,3 +122,8 @@ def test_site_builds(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "site/methods/snapkv/index.html").is_file()
+
+
+def test_choose_places_every_method():
+    text = (DOCS / "choose.md").read_text(encoding="utf-8")
+    assert [name for name in OWN if f"`{name}`" not in text] == []

@@ -263,30 +263,28 @@ def milliseconds(times: dict[str, float]) -> str:
 
 
 def _range(times: dict[str, float], unit: float = 1) -> str:
-    return f"{times['min'] / unit:.4g} to {times['max'] / unit:.4g}"
+    return f"{times['min'] / unit:.3g} to {times['max'] / unit:.3g}"
 
 
 def print_table(body: dict[str, Any]) -> None:
     """One line a cell and method; below a median, the least and the most."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_lines=True)
-    heads = ("tokens x batch", "method", "first token", "decode tok/s", "peak memory", "KV allocated", "claimed")
-    for heading in (*heads, "padding"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "method")
+    heads = ("tokens x batch", "method", "first token", "decode tok/s", "peak memory", "KV", "claimed")
+    table = c.slim_table((*heads, "padding"), lines=True)
     for row in body["rows"]:
         table.add_row(*(Text(x) for x in cells(row)))
     console = Console()
     console.print(table)
+    runs = body["grid"]["repeats"]
     notes = dict.fromkeys(f"{r['label']}: {x}" for r in body["rows"] for x in r.get("notes", ()))
     reasons = dict.fromkeys(f"{r['label']}: {r['reason']}" for r in body["rows"] if "failed" in r)
     console.print(Text("\n".join([
         f"{body['model']}, {body['layers']} layers, {body['dtype']}, {body['device']}; {body['prompts']}; "
-        f"medians of {body['grid']['repeats']} runs, below them the least and the most",
+        f"medians of {runs} run{'s' if runs > 1 else ''}, below them the least and the most",
         f"peak memory: {body['memory']}; below it, over what was in use before the run",
-        "KV: allocated = claimed (entries that hold a token) + padding + spare; share = allocated over dense",
+        "KV: allocated = claimed (entries that hold a token) + padding + spare; below it, its share of dense",
         *notes, *reasons,
     ])))  # fmt: skip
 
@@ -300,7 +298,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     unit = 1e3 if first["median"] >= 1000 else 1
     peak = "-" if row["peak_bytes"] is None else c.human_bytes(row["peak_bytes"])
     more = row["peak_bytes_over_before"]
-    share = f"\n{over['kv_allocated']:.1%} of dense" if over else ""
+    share = f"\n{over['kv_allocated']:.1%}" if over else ""
     return [
         *start,
         f"{milliseconds(first)}\n{_range(first, unit)}",

@@ -17,7 +17,7 @@ PACKAGES = ("accelerate", "safetensors", "flash-attn-4", "flash-attn", "triton",
 
 
 CalibrateOption = Annotated[
-    bool, typer.Option("--calibrate", help="first measure from which length each sparse prefill pays on this machine")
+    bool, typer.Option("--calibrate", help="First measure from which length each sparse prefill pays on this machine.")
 ]
 
 

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from attnpatch.cli import picture
-from attnpatch.cli._common import JsonOption, SetOption, load_model, print_columns, print_json, required_recipe
+from attnpatch.cli._common import (
+    JsonOption,
+    SetOption,
+    folded,
+    load_model,
+    print_columns,
+    print_json,
+    required_recipe,
+)
+from attnpatch.cli.listing import STAGES
 from attnpatch.errors import ConfigError
 
 
@@ -32,6 +41,8 @@ def explain(
 
     from attnpatch.patch import describe, get_patch
 
+    if "+" in patch:
+        raise ConfigError(f"explain shows one method, not {patch!r}; ask for {' and '.join(patch.split('+'))} in turn.")
     cls = get_patch(patch)
     rows = list(describe(cls))
     allowed = {f.name: f.metadata.get("choices") for f in fields(cls)}
@@ -44,16 +55,26 @@ def explain(
         return print_json(
             {**head, "query_aware": cls.query_aware, "doc": inspect.getdoc(cls) or "", "hyperparameters": options}
         )
-    typer.echo(f"{cls.name}: {cls.title}\npaper: {cls.paper or '-'}\nstage: {cls.stage}")
-    typer.echo(f"\n{inspect.getdoc(cls) or ''}\n")
-    print_columns(
-        [("HYPERPARAMETER", "DEFAULT", "MEANING"), *((n, _text(d), _help(h, allowed[n])) for n, _, d, h in rows)]
-    )
+    meaning = f" ({STAGES[cls.stage]})" if cls.stage in STAGES else ""
+    typer.echo(f"{cls.name}: {cls.title}\npaper: {cls.paper or '-'}\n" + folded(f"stage: {cls.stage}{meaning}", "  "))
+    typer.echo(f"\n{folded(inspect.getdoc(cls) or '')}\n")
+    lines = [(n, _text(d), _help(h, allowed[n])) for n, _, d, h in rows]
+    print_columns([("HYPERPARAMETER", "DEFAULT", "MEANING"), *lines], fold=True)
+    if recipes := recipes_of(cls.name):
+        typer.echo("\n" + folded(f"recipes: {', '.join(recipes)} (attnpatch recipe show NAME)", indent="  "))
     return None
 
 
+def recipes_of(name: str) -> list[str]:
+    """The packaged recipes of one method."""
+    from attnpatch.recipe import list_recipes, load_recipe
+
+    return [r for r in list_recipes() if load_recipe(r).patch == name]
+
+
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """A default as --set and recipes write it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _help(text: str, choices: Any) -> str:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from attnpatch.cli._common import JsonOption, print_columns, print_json
+from attnpatch.cli._common import JsonOption, folded, print_columns, print_json
+
+STAGES = {
+    "prefill": "the prompt is computed over fewer keys",
+    "evict": "the cache keeps fewer entries",
+    "decode": "the cache stays whole, a decode step reads little of it",
+    "calibrate": "the attention of a few tokens is changed, by values found for a model and a task",
+    "retrieve": "a long text is read in chunks, the answer generated from what was found",
+}
 
 
 def list_command(as_json: JsonOption = False) -> None:
@@ -20,4 +28,9 @@ def list_command(as_json: JsonOption = False) -> None:
         ]
         return print_json({"patches": rows, "recipes": recipes})
     print_columns([("NAME", "STAGE", "TITLE"), *((n, c.stage, c.title) for n, c in patches.items())])
-    typer.echo(f"\nrecipes: {', '.join(recipes)}\nattnpatch explain NAME shows a method's hyperparameters.")
+    typer.echo()
+    print_columns([(stage, meaning) for stage, meaning in STAGES.items()], fold=True)
+    typer.echo("\n" + folded(f"recipes: {', '.join(recipes)}", indent="  "))
+    typer.echo(
+        folded("attnpatch explain NAME shows what a method does, attnpatch recipe show NAME where values come from.")
+    )

@@ -132,11 +132,13 @@ def read_config(name: str) -> tuple[Any, int | None]:
     return config, sum(f.stat().st_size for f in files)
 
 
+HEADINGS = ("method", "fits", "prefill", "KV", "activa-\ntions", "total", "largest\nbudget", "longest\ncontext")
+
+
 # ---- the table ---------------------------------------------------------------------------------------------------
 def print_plan(name: str, ask: Ask, facts: Facts, rows: list[Row]) -> None:
     """What fits, what does not and by how much, then where each figure comes from."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     size = c.human_bytes
@@ -147,9 +149,7 @@ def print_plan(name: str, ask: Ask, facts: Facts, rows: list[Row]) -> None:
         f"{name}: {ask.batch} x {ask.context} + {ask.new_tokens} tokens in {size(ask.memory)}\n"
         f"weights {size(facts.weights)}, dense KV {size(dense_kv(ask, facts))}, reserve {size(ask.reserve)}"
     ))  # fmt: skip
-    table = Table()
-    for heading in ("method", "fits", "prefill", "KV", "activations", "total", "largest budget", "longest context"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "method")
+    table = c.slim_table(HEADINGS)
     for row in rows:
         table.add_row(*(Text(x) for x in cells(row, ask)))
     console.print(table)
@@ -168,19 +168,27 @@ def cells(row: Row, ask: Ask) -> list[str]:
         return [row.method, "?", "-", "-", "-", "-", "-", "-"]
     from attnpatch.planning import LONGEST
 
-    size = c.human_bytes
-    needs = "".join(f", {key}={str(value).lower()}" for key, value in row.needs.items())
-    short = f"no: {size(row.total - ask.memory)} short"
-    budget = "-" if row.largest_budget is None else f"{row.largest_budget} ({row.largest_budget / ask.context:.0%})"
-    if row.largest_budget == 0:
-        budget = "none"
+    size = short_bytes
+    short = f"{size(row.total - ask.memory)} short"
+    budget = "-" if row.largest_budget is None else f"{row.largest_budget} {row.largest_budget / ask.context:.0%}"
+    if row.largest_budget in (0, ask.context):
+        budget = "all" if row.largest_budget else "none"
     longest = "none" if not row.longest_context else str(row.longest_context)
     if row.longest_context == LONGEST:
-        longest += " or more"
+        longest = f"{LONGEST >> 20}M+"
+    prefill = row.prefill.replace("chunks of ", "by ")
     return [
-        row.method, "yes" if row.fits else short, f"{row.prefill}{needs}" if row.fits else "-",
+        row.method, "yes" if row.fits else "no", prefill if row.fits else short,
         size(row.kv), size(row.activations), size(row.total), budget, longest,
     ]  # fmt: skip
+
+
+def short_bytes(n: float) -> str:
+    """Three figures: 1.5 GiB -> '1.50 GiB'."""
+    number, unit = c.human_bytes(n).split()
+    if float(number) >= 100 or unit == "B":
+        return f"{float(number):.0f} {unit}"
+    return f"{float(number):#.3g} {unit}"
 
 
 def explanations(rows: list[Row], facts: Facts) -> list[str]:
@@ -192,11 +200,19 @@ def explanations(rows: list[Row], facts: Facts) -> list[str]:
         if row.first_token:
             ratio, how, where = row.first_token
             found.setdefault(f"first token {ratio}x stock, {how} ({where})", []).append(row.method)
+        if row.fits and row.needs:
+            settings = ", ".join(f"{key}={str(value).lower()}" for key, value in row.needs.items())
+            found.setdefault(f"fits with {settings}", []).append(row.method)
         for note in row.notes:
-            found.setdefault(note, []).append(row.method)
+            found.setdefault(note.removeprefix(f"{row.method}: "), []).append(row.method)
+    from attnpatch.planning import LONGEST
+
     lines = [
         "weights, KV: computed from the config. reserve: assumed. KV, activations: at the peak of memory",
-        "largest budget, longest context: by memory alone, in chunks where the whole prompt does not fit"
+        "prefill: the whole prompt at once, or by so many tokens (prefill_chunk_size)",
+        "largest budget, longest context: in tokens, by memory alone, in chunks where the whole prompt does not fit"
         + (f"; the config names {facts.positions} trained positions" if facts.positions else ""),
     ]
+    if any(row.longest_context == LONGEST for row in rows):
+        lines.append(f"{LONGEST >> 20}M+: {LONGEST} or more")
     return lines + [f"{', '.join(methods)}: {text}" for text, methods in found.items()]

@@ -50,7 +50,10 @@ class Encoder:
         self.tokenizer = tokenizer
         marks = [tokenizer.token_to_id(f"<|{name}|>") for name in ("begin", "end", "user", "assistant")]
         if None in marks:
-            raise ConfigError("the tokenizer lacks <|user|> and its kin: use that of attnpatch.testbed.load()[1]")
+            raise ConfigError(
+                "the tokenizer lacks <|user|> and its kin, which only the embedded model has: take the tokenizer of "
+                "attnpatch.testbed.load() (--model testbed), or a task for any model, such as needle"
+            )
         self.begin, self.end, self.user, self.assistant = marks
         texts = [tokenizer.decode([i], skip_special_tokens=True) for i in range(tokenizer.get_vocab_size())]
         self.space_first = np.array([text[:1].isspace() for text in texts])

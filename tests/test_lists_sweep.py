@@ -131,15 +131,7 @@ def test_lists_are_dense_attention_under_their_mask(name, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-<<<<<<< HEAD
-@pytest.mark.parametrize(
-    "shape",
-    [(1025, 64, 1, 9, 0), (2048, 96, 4, 1, 130), (3000, 256, 8, 5, 0), (3000, 128, 4, 3, 0)],
-    ids=lambda s: "-".join(map(str, s)),
-)
-=======
 @pytest.mark.parametrize("shape", RANKED, ids=lambda s: "-".join(map(str, s)))
->>>>>>> part-sparse2
 def test_lists_by_rank_are_dense_attention_of_a_short_text(shape, dtype):
     slots, dim, group, rows, short = shape
     q, kv, ctx = problem(slots, dim, group, rows, short, dtype)

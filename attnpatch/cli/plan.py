@@ -143,8 +143,6 @@ def print_plan(name: str, ask: Ask, facts: Facts, rows: list[Row]) -> None:
 
     size = c.human_bytes
     console = Console()
-    if not console.is_terminal:  # a pipe or file has no edge to wrap words at
-        console = Console(width=max(console.width, 160))
     console.print(Text(
         f"{name}: {ask.batch} x {ask.context} + {ask.new_tokens} tokens in {size(ask.memory)}\n"
         f"weights {size(facts.weights)}, dense KV {size(dense_kv(ask, facts))}, reserve {size(ask.reserve)}"

@@ -117,8 +117,7 @@ def calibrate(
     if hasattr(base, "_attnpatch"):
         raise PatchStateError("calibrate needs the un-patched model; call unpatch_model(model) first.")
     given = _sets(samples, search == "supervised")
-    halves = zip(*(split(rows, count or searcher.samples, held_out, seed) for rows in given), strict=True)
-    drawn = {part: [x for rows in half for x in rows] for part, half in zip((SEARCH, HELD_OUT), halves, strict=True)}
+    drawn = _drawn(given, count or searcher.samples, held_out, seed)
     parts = {name: encode(tokenizer, rows, chat) for name, rows in drawn.items()}
     metric = _metric(searcher, parts, search)
     about = {
@@ -223,7 +222,8 @@ def _sets(samples: Any, labelled: bool) -> list[list[Sample]]:
     """The samples of each file; those given as such are one set."""
     paths: list[Any] = [samples] if isinstance(samples, (str, Path)) else list(samples)
     if paths and all(isinstance(x, (str, Path)) for x in paths):
-        if twice := sorted({str(x) for x in paths if paths.count(x) > 1}):
+        named = [str(x) for x in paths]
+        if twice := sorted(x for x in set(named) if named.count(x) > 1):
             raise ConfigError(f"{twice[0]} is named twice; name each file of samples once.")
         return [read_samples(path, labelled) for path in paths]
     if wrong := [x for x in paths if not isinstance(x, Sample)]:
@@ -233,6 +233,12 @@ def _sets(samples: Any, labelled: bool) -> list[list[Sample]]:
     if labelled and (bare := [i for i, x in enumerate(paths) if x.answer is None]):
         raise InputError(f"samples[{bare[0]}] has no answer, which a supervised search needs; search unsupervised.")
     return [paths]
+
+
+def _drawn(given: list[list[Sample]], count: int | None, held_out: float, seed: int) -> dict[str, list[Sample]]:
+    """Both parts, of every set its own share."""
+    halves = zip(*(split(rows, count, held_out, seed) for rows in given), strict=True)
+    return {part: [x for rows in half for x in rows] for part, half in zip((SEARCH, HELD_OUT), halves, strict=True)}
 
 
 def _metric(searcher: Search, parts: dict[str, Any], search: str) -> str:

@@ -209,7 +209,9 @@ class KeepSet:
         meant = torch.arange(width, device=scores.device) < count[..., None]
         ascending = torch.where(meant, index, index + scores.shape[-1]).sort(dim=-1).values
         index = torch.where(meant, ascending, ascending - scores.shape[-1])
-        full = (by_head or len(set(capacity)) == 1) and not bool((count < width).any())  # at a prompt the host may wait
+        full = by_head or len(set(capacity)) == 1
+        if full:  # at a prompt the host may wait, in a graph it may not
+            full = not torch.compiler.is_compiling() and not bool((count < width).any())
         return cls(index=index, count=None if full else count, packed=by_head, layer=layer)
 
     @classmethod

@@ -283,8 +283,8 @@ def refuse_parallel(patches: Sequence[Patch]) -> None:
         if not patch.tensor_parallel:
             able = [name for name, cls in list_patches().items() if cls.tensor_parallel is True]
             raise UnsupportedModeError(
-                f"{patch.name!r} looks at all heads of a layer, of which tensor parallelism (tp_plan) gives each "
-                f"process a part; load the model without tp_plan, or use one of {', '.join(able)}."
+                f"{patch.name!r} needs all heads of a layer in one process, tensor parallelism (tp_plan) gives each "
+                f"process a part of them; load the model without tp_plan, or use one of {', '.join(able)}."
             )
 
 

@@ -178,14 +178,14 @@ def parse_recipe(text: str, label: str, name: str = "") -> Recipe:
     return recipe
 
 
-def _twice(node: Any) -> str | None:
-    """A key that stands twice in one mapping of a YAML node, or None."""
-    if not isinstance(node.value if node is not None else None, list):
+def _twice(node: Any, around: tuple[int, ...] = ()) -> str | None:
+    """A key that stands twice in one mapping of a YAML node, or None; around: ids of nodes that may hold themselves."""
+    if not isinstance(node.value if node is not None else None, list) or id(node) in around:
         return None
     pairs = [x if isinstance(x, tuple) else (None, x) for x in node.value]  # of a mapping, or items of a list
     keys = [str(key.value) for key, _ in pairs if key is not None]
     own = (key for i, key in enumerate(keys) if key in keys[:i])
-    return next(own, None) or next(filter(None, (_twice(value) for _, value in pairs)), None)
+    return next(own, None) or next(filter(None, (_twice(value, (*around, id(node))) for _, value in pairs)), None)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -249,10 +249,12 @@ class Trials:
         """One batch, halved where memory runs out."""
         import torch
 
+        from attnpatch.engine.compat import out_of_memory
+
         try:
             return feed(self.model, rows, self.pad)
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
+        except (RuntimeError, MemoryError) as error:
+            if len(rows) == 1 or not out_of_memory(error):
                 raise
         torch.cuda.empty_cache()
         half = len(rows) // 2

@@ -1,7 +1,11 @@
-"""Write the page of every method from its dataclass and recipe: `python docs/make.py`. A test finds stale pages."""
+"""Write the page of every method from its dataclass and recipe, and the list of all error messages from the source.
+
+`python docs/make.py`; a test finds stale pages.
+"""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from dataclasses import fields
@@ -11,7 +15,10 @@ from typing import Any
 from attnpatch.patch import Patch, describe, list_patches
 from attnpatch.recipe import Recipe, list_recipes, load_recipe
 
-FOLDER = Path(__file__).parent / "methods"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "methods"
+MESSAGES = ROOT / "docs" / "every-error.md"
+LOCAL = {"_Bad": "InputError"}  # raised within one module, which says it as this error
 STAGES = {
     "prefill": ("Sparse prefill", "The prompt is computed over fewer keys; the cache stays whole."),
     "evict": ("Evict", "The cache keeps fewer entries."),
@@ -132,8 +139,57 @@ def pages() -> dict[str, str]:
     return {"index.md": index(own), **{f"{name}.md": page(cls) for name, cls in own.items()}}
 
 
+# ---- errors ------------------------------------------------------------------------------------------------------
+def wording(node: ast.expr) -> str:
+    """A message as it is written in the source, "…" where a value stands."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(wording(part) for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return wording(node.left) + wording(node.right)
+    return "…"
+
+
+def messages() -> dict[str, dict[str, list[str]]]:
+    """Error type -> source file -> its messages, in order; those that only pass on another's text are left out."""
+    from attnpatch import errors
+
+    kinds = {name for name, one in vars(errors).items() if isinstance(one, type)}
+    found: dict[str, dict[str, list[str]]] = {kind: {} for kind in sorted(kinds)}
+    for file in sorted(f for folder in ("attnpatch", "patches") for f in (ROOT / folder).rglob("*.py")):
+        tree, name = ast.parse(file.read_text(encoding="utf-8")), str(file.relative_to(ROOT).as_posix())
+        named = [n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+        texts = {n.targets[0].id: wording(n.value) for n in named}  # type: ignore[attr-defined]
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.args]
+        for call in sorted(calls, key=lambda n: n.lineno):
+            kind = LOCAL.get(call.func.id, call.func.id)  # type: ignore[attr-defined]
+            if kind in kinds:
+                first = call.args[0]
+                text = texts.get(first.id, "") if isinstance(first, ast.Name) else wording(first)
+                there = found[kind].setdefault(name, []) if text.strip("….: ") else [text]
+                there += [] if text in there else [text]
+    return found
+
+
+def every_error() -> str:
+    """The page of all messages."""
+    lines = [
+        "# Every error message", "",
+        "Made from the source by `docs/make.py`; `…` stands for a value. [Errors](errors.md) explains the common ones.",
+    ]  # fmt: skip
+    for kind, files in messages().items():
+        lines += ["", f"## {kind}"] if files else []
+        for name, texts in files.items():
+            lines += ["", f"`{name}`", ""]
+            for text in texts:
+                text = " ".join(text.split())
+                lines.append(f"- `` {text} ``" if "`" in text else f"- `{text}`")
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
-    """Write them all, and remove what no method stands behind."""
+    """Write all pages, and remove what no method stands behind."""
     FOLDER.mkdir(exist_ok=True)
     made = pages()
     for old in FOLDER.glob("*.md"):
@@ -141,6 +197,7 @@ def main() -> None:
             old.unlink()
     for name, text in made.items():
         (FOLDER / name).write_text(text, encoding="utf-8")
+    MESSAGES.write_text(every_error(), encoding="utf-8")
 
 
 if __name__ == "__main__":

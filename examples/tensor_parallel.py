@@ -2,7 +2,7 @@
 
 torchrun --standalone --nproc-per-node=2 examples/tensor_parallel.py   (GPUs with NCCL, or CPU processes with Gloo)
 What is kept does not depend on the number of processes: methods that share a budget among the heads of a layer (adakv)
-or let them vote together (tokenselect) ask the other processes, and those that cannot (infiniretri) refuse.
+or let them vote together (tokenselect) ask the other processes, and those that cannot (infiniretri, tca) are refused.
 """
 
 import argparse

@@ -269,3 +269,18 @@ def test_evicting_methods_of_a_quality_run_take_values_too(tmp_path):
     assert rows["cake window_size=4 gamma=0 10%"]["window_size"] == 4
     with pytest.raises(ConfigError, match="give them as --budgets"):
         quality.main(["--tiny", "--methods", "snapkv:budget=0.2", "--out", str(out)])
+
+
+def test_quality_halves_a_batch_without_room(monkeypatch):
+    def answers(model, methods, prompts, wanted, tally):
+        if len(prompts) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return {m: [w == [1] for w in wanted] for m in methods}
+
+    model, dense = random_model("tiny", dtype=torch.float32, device="cpu"), board.Method("dense")
+    prompts, wanted = torch.ones(4, 3, dtype=torch.long), [[1], [0], [1], [1]]
+    monkeypatch.setattr(quality, "_correct", answers)
+    assert quality.correct(model, [dense], prompts, wanted, board.Tally()) == [[True, False, True, True]]
+    monkeypatch.setattr(quality, "_correct", lambda *a: (_ for _ in ()).throw(RuntimeError("shapes")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        quality.correct(model, [dense], prompts, wanted, board.Tally())

@@ -374,3 +374,20 @@ def test_intervals():
     assert change.verdict == "better" and change.difference == -1 and "within noise" not in str(change)
     assert compare(accuracy(50), accuracy(51))[0].verdict == "within noise"
     assert [c.verdict for c in compare(accuracy(80), accuracy(20))][:2] == ["worse", "worse"]
+
+
+def test_a_batch_without_room_is_halved_on_any_device(tmp_path, monkeypatch):
+    rows, sizes = [Encoded([2, 3], [4], [], -1)] * 3, []
+
+    def feed(model, rows, pad):
+        sizes.append(len(rows))
+        if len(rows) > 1:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+        return [(True, None, 0.0)]
+
+    trials = Trials(tiny("llama"), {SEARCH: rows}, "exact", log(tmp_path))
+    monkeypatch.setattr(trial, "feed", feed)
+    assert len(trials._fitting(rows)) == 3 and sizes == [3, 1, 2, 1, 1]
+    monkeypatch.setattr(trial, "feed", lambda *a: (_ for _ in ()).throw(RuntimeError("shapes")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        trials._fitting(rows)

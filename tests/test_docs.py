@@ -8,23 +8,36 @@ from pathlib import Path
 
 import pytest
 
-from attnpatch import patch
+from attnpatch import errors, patch
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 OWN = {n: c for n, c in patch.list_patches().items() if c.__module__.startswith("attnpatch.patches.")}
 
 
-def made():
+def make():
     spec = importlib.util.spec_from_file_location("docs_make", DOCS / "make.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.pages()
+    return module
 
 
 def test_method_pages_are_current():
     there = {f.name: f.read_text(encoding="utf-8") for f in (DOCS / "methods").glob("*.md")}
-    assert there == made(), "run: python docs/make.py"
+    assert there == make().pages(), "run: python docs/make.py"
+
+
+def test_every_error_message_is_listed():
+    module = make()
+    assert (DOCS / "every-error.md").read_text(encoding="utf-8") == module.every_error(), "run: python docs/make.py"
+    found = module.messages()
+    kinds = {kind for kind, files in found.items() if files}
+    assert kinds == {n for n in vars(errors) if n.endswith("Error")} - {"AttnPatchError"}
+    listed = set(re.findall(r"^\| `(\w+Error)` \|", (DOCS / "errors.md").read_text(encoding="utf-8"), re.M))
+    assert listed == kinds  # each type is explained
+    source = [f.read_text(encoding="utf-8") for d in ("attnpatch", "patches") for f in (ROOT / d).rglob("*.py")]
+    raised = sum(len(re.findall(rf"raise (?:{'|'.join(kinds)})\(", text)) for text in source)
+    assert raised > 300 and sum(len(t) for files in found.values() for t in files.values()) > 0.9 * raised
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -69,6 +82,13 @@ def test_quoted_errors_exist():
     quoted = re.findall(r'^\| "(.+?)" \|', (DOCS / "errors.md").read_text(encoding="utf-8"), re.M)
     assert len(quoted) > 10
     assert [q for q in quoted if q not in plain] == []
+
+
+def test_files_named_by_contributing_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r"`((?:tests|docs|recipes|patches|\.ci)/[\w./-]*)`", text)
+    assert len(named) > 5 and [n for n in named if not (ROOT / n).exists()] == []
+    assert "](CONTRIBUTING.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_methods_named_exist():

@@ -102,6 +102,21 @@ def test_truncation_counts_all_turns():
     assert turns == 90
 
 
+@pytest.mark.parametrize("protocol", ["query-aware", "query-agnostic"])
+@pytest.mark.parametrize("questions", [1, 3])
+def test_questions_that_do_not_fit_lose_their_middle_too(protocol, questions):
+    long = " ".join(f"w{i % 50}" for i in range(120))
+    sample = replace(evaluation.sample(length=100, questions=questions), questions=(long,) * questions)
+    encoded = Encoder(evaluation.tokenizer(), None, protocol, "middle", 100).encode(sample, 12)
+    assert 100 - 12 - 8 <= encoded.longest <= 100 - 12 and encoded.sample is sample
+    whole = Encoder(evaluation.tokenizer(), None, protocol).encode(sample, 12)
+    assert encoded.cut == whole.longest - encoded.longest
+    ask, full = encoded.asks[0], whole.asks[0]
+    assert len(encoded.head) > 15 and ask[:3] == full[:3] and ask[-3:] == full[-3:]
+    with pytest.raises(InputError, match="leaves no room for its context"):  # a text to be scored stays whole
+        Encoder(evaluation.tokenizer(), truncate="middle", limit=100).encode(replace(sample, metric="loglikelihood"), 0)
+
+
 def encoder(**values):
     return lambda: Encoder(evaluation.tokenizer(values.pop("template", evaluation.CHAT)), **values)
 
@@ -113,7 +128,7 @@ REFUSALS = [
     (encoder(template=None, chat=True), None, ConfigError, "has no chat template; leave --chat out, or give --raw"),
     (encoder(template="<user>"), None, ConfigError, "does not show the user's message once and unchanged"),
     (encoder(limit=30), {}, InputError, "sample 's0' of task 'words' has .* more than the 30 the model has"),
-    (encoder(limit=9, truncate="middle"), {}, InputError, "leaves no room for its context"),
+    (encoder(limit=6, truncate="middle"), {}, InputError, "leaves no room for its context"),
     (encoder(protocol="query-agnostic"), {"context": " "}, InputError, "no context to compress .* query-aware"),
     (encoder(protocol="query-agnostic", chat=False), {"context": ""}, InputError, "no context to compress"),
     (encoder(chat=False), {"context": "", "questions": ("",)}, InputError, "has no tokens; give some text"),

@@ -132,6 +132,21 @@ def test_absent_harness_names_the_extra(monkeypatch, capsys, folder):  # noqa: F
         harness.with_model("m", ["-a", "pretrained=x"])
 
 
+SEAMS = {
+    "between tokens": ([1, 5, 6], [1, 5, 6, 7], ([1, 5, 6], [7])),
+    "one token spans it": ([1, 5, 6, 7, 8], [1, 5, 9], ([1, 5], [9])),
+    "the context's last token differs": ([1, 5, 6], [1, 5, 7, 8], ([1, 5], [7, 8])),
+    "nothing of the context's own": ([5], [9, 8], ([0], [9, 8])),
+    "an empty continuation": ([1, 5], [1, 5], ([1], [5])),
+}
+
+
+@pytest.mark.parametrize("which", list(SEAMS))
+def test_a_token_over_the_seam_belongs_to_the_continuation(which):
+    context, whole, wanted = SEAMS[which]
+    assert harness.at_the_seam(context, whole, start=0) == wanted
+
+
 def test_with_the_real_harness():
     """Requests through lm_eval's own entry points."""
     pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)

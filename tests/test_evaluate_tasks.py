@@ -204,6 +204,26 @@ def test_gold_passages_are_mixed_with_others_at_going_places():
     assert len(holding) == 1 and holding[0].startswith("Document [4](Title: ")
 
 
+def test_bamboos_numbers_ask_behind_the_document(tmp_path):
+    head, asked, document = (
+        "Answer the question.",
+        "\n\nQuestion:\nwhen was it\n",
+        "\n\nDocument:\nIn 1964. Question: none.",
+    )
+    rows = [{"content": head + document + asked, "answer": "1964"},
+            {"content": head + asked.rstrip() + document, "answer": "1964"}]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    one, other = formats.load(tmp_path / "a.jsonl")
+    assert one.context == other.context == head + document
+    assert one.questions == other.questions and one.questions[0].startswith("\n\nQuestion:\nwhen was it")
+
+
+@needs_data
+def test_bamboos_documents_are_context():
+    for sample in formats.load(DATA / "bamboo" / "altqa_4k.jsonl.gz"):
+        assert len(sample.questions[0]) < 400 < len(sample.context)
+
+
 @needs_data
 def test_haystacks_load():
     assert len(formats.load_text(DATA / "text_ppl" / "wikitext2_valid.txt.gz")) > 10**6

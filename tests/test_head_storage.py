@@ -176,13 +176,13 @@ LONG = {"num_hidden_layers": 2, "max_position_embeddings": 4096}
 
 def settings(patch):
     """As METHODS, for the model of LONG."""
-    given = dict(ALL[patch])
+    given = dict(ALL.get(patch, {}))
     if "profile" in given:
         given["profile"] = head_profile("llama", SCORES[:2], given["profile"].kind, **LONG)
     return {**given, "recent": 300} if patch == "duoattention" else given
 
 
-@pytest.mark.parametrize("patch", ALL)
+@pytest.mark.parametrize("patch", [*ALL, "tca"])
 def test_bytes_are_those_of_the_entries(patch):
     """After a long prompt and through 90 steps, at most 3 per cent more is allocated than the entries need."""
     model, (first, *steps) = tiny("llama", **LONG), prompt(2, 1500 + 90).split([1500, *[1] * 90], 1)

@@ -284,6 +284,12 @@ def test_the_table_says_what_fits_and_why(capsys, monkeypatch):
         assert word in text, word
 
 
+def test_no_word_is_broken_where_the_output_is_piped(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, text, _ = outcome(capsys, *P, "--context", "128k", "--patch", "snapkv")
+    assert "largest budget" in text and "evict_per_chunk=true" in text
+
+
 def test_exit_code_1_if_nothing_fits(capsys):
     assert outcome(capsys, *P[:3], "--context", "1k", "--gpu-memory", "8GB", "--patch", "snapkv")[0] == 1
 

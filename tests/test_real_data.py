@@ -73,6 +73,8 @@ def test_every_kind_of_part_runs_and_is_gone_on_with(data, tmp_path, capsys):
     assert all(r["share"] < 1 for r in dense["rows"])
     assert {r["run"] for r in body["parts"]["sets:hotpotqa"]["runs"]} == {"dense", "infiniretri"}
     assert body["parts"][parts[-1]]["held_out"][0]["samples"] == 8
+    late = real_data.Bench(data, 2, 700).run("hidden:code:4000:dense-700", {}, lambda: -1.0)
+    assert late["kept"]["n"] == len(late["rows"]) == 1, "time that ends before the first text leaves it in"
     before = out.read_bytes()
     real_data.main([*call, *parts])
     assert out.read_bytes() == before, "what is done is not run again"

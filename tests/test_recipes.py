@@ -54,6 +54,7 @@ def test_save_writes_nothing_when_wrong(tmp_path):
 BAD = {
     "patch: snapkv\npatch: h2o\n": "gives 'patch' twice",
     "patch: snapkv\nhyperparameters: {budget: 64, window_size: 8, budget: 80}\n": "gives 'budget' twice",
+    "patch: snapkv\nhyperparameters: &a {pooling: *a}\n": "pooling=.* has the wrong type",
     "patch: snapkv\ncolour: red\n": "unknown key 'colour'; allowed: patch, hyperparameters",
     "hyperparameters: {budget: 4}\n": "lacks the key 'patch'",
     "patch: snapvk\n": "unknown patch 'snapvk'. Did you mean 'snapkv'\\? Known patches: ",

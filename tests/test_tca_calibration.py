@@ -220,6 +220,7 @@ def test_command_errors(capsys, folder, tmp_path):  # noqa: F811
     base = ("calibrate", "--model", folder, "--patch", "tca", "--out", tmp_path / "p")
     assert "name one of --data FILE.jsonl and --text FILE" in one_error(capsys, *base)
     assert "name one of --data" in one_error(capsys, *base, "--text", text, "--data", text)
+    assert "--tokens is the length of passages" in one_error(capsys, *base, "--data", text, "--tokens", "9")
     assert "which passages of --text have not" in one_error(capsys, *base, "--text", text, "--search", "supervised")
     assert "is empty" in one_error(capsys, *base, "--text", empty)
     assert "is not UTF-8" in one_error(capsys, *base, "--text", binary)

@@ -44,7 +44,7 @@ def test_two_processes_decide_as_one(tmp_path):
         # act hands on what is freed, up to 1e3 times the rounding where the other keys hold next to nothing
         most = 2e-3 if case.startswith("act") else 1e-4
         assert same == "True" and float(off) < most and acts == "True", (case, rank, same, off, acts)
-    assert done.stdout.count("'infiniretri' looks at all heads") == 2, told
+    assert done.stdout.count("'infiniretri' needs all heads") == 2, told
 
 
 def test_every_method_that_says_it_can_is_run():
@@ -56,7 +56,7 @@ def test_every_method_that_says_it_can_is_run():
 def test_a_method_that_needs_all_heads_is_refused():
     model = halved(tiny("llama"))
     with pytest.raises(
-        UnsupportedModeError, match=r"'infiniretri' looks at all heads .* without tp_plan, or use one of act"
+        UnsupportedModeError, match=r"'infiniretri' needs all heads .* without tp_plan, or use one of act"
     ):
         attnpatch.patch_model(model, "infiniretri")
     attnpatch.patch_model(model, "snapkv")

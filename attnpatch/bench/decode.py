@@ -9,6 +9,7 @@ between two full ones, searches or checks. `--quick` is a dry run whose figures 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -213,9 +214,14 @@ def row(own: list[Layer], repeats: int, clock: Clock, quick: bool) -> dict[str, 
 
 
 @torch.no_grad()
-def main(argv: list[str] | None = None) -> None:
-    """Measure every length and write the JSON after each."""
-    arguments = parser(__doc__)
+def steps(
+    arguments: argparse.ArgumentParser, argv: list[str] | None, what: str,
+    measure: Callable[[list[Layer], int, Clock, bool], dict[str, Any]], **more: str,
+) -> None:  # fmt: skip
+    """A bench of decode steps as a command: `measure(layers, repeats, clock, quick)` at every length, JSON after each.
+
+    what: said of the input; more: said besides.
+    """
     arguments.add_argument("--lengths", type=int, nargs="*", help="keys held")
     arguments.add_argument("--layers", type=int, default=8, help="layers that take turns; fewer leave keys in the L2")
     arguments.add_argument("--repeats", type=int, default=31)
@@ -229,15 +235,21 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if gpu else torch.float32
     body: dict[str, Any] = {
         **environment(device, args.commit),
-        "what": f"one layer's decode attention, B=1, Hq={heads[0]}, Hkv={heads[1]}, D={heads[2]}, structured input",
-        "rotation": "the matrix that turns a query back is made once a step for all layers; its making is not timed",
+        "what": f"one layer's decode attention, B=1, Hq={heads[0]}, Hkv={heads[1]}, D={heads[2]}, {what}",
+        **more,
         "quick": args.quick,
         "dtype": str(dtype).removeprefix("torch."),
     }
     lengths, repeats = args.lengths or (QUICK if args.quick else FULL), 2 if args.quick else args.repeats
     count = 2 if args.quick else args.layers
     made = (layers(length, heads, count, device, dtype) for length in lengths)
-    sweep(args.out, body, (row(own, repeats, clock, args.quick) for own in made))
+    sweep(args.out, body, (measure(own, repeats, clock, args.quick) for own in made))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure every length and write the JSON after each."""
+    rotation = "the matrix that turns a query back is made once a step for all layers; its making is not timed"
+    steps(parser(__doc__), argv, "structured input", row, rotation=rotation)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 
 from attnpatch.bench.retrieval import resident
 from attnpatch.engine.layer import PatchLayer
+from attnpatch.engine.slots import allocated
 
 
 @dataclass(frozen=True)
@@ -52,25 +53,20 @@ def layer_ledger(layer: Any, pads: Sequence[int]) -> Ledger:
     keys, values = layer.keys, layer.values  # [B, Hkv, S, D]
     entry = keys.shape[3] * keys.element_size() + values.shape[3] * values.element_size()
     batch, heads, slots = keys.shape[:3]
-    allocated, whole, seen = storages((keys, values)), batch * heads * slots, layer.get_seq_length()
+    behind, whole, seen = allocated(keys, values), batch * heads * slots, layer.get_seq_length()
     if isinstance(layer, PatchLayer):
         claimed = int((layer.pos >= 0).expand(batch, heads, -1).sum())
-        allocated = max(allocated, layer.bytes_held())
+        behind = max(behind, layer.bytes_held())
         if layer.packed is not None:  # no rectangle: free room behind a head's entries is spare
-            allocated, whole = layer.bytes_held(), claimed
-        state = storages(t for t in (*layer.state.values(), *layer.rows.values(), *layer.plain.values()))
+            behind, whole = layer.bytes_held(), claimed
+        kept = (*layer.state.values(), *layer.rows.values(), *layer.plain.values())
+        state = allocated(*(x for x in kept if torch.is_tensor(x)))
         dense = seen * batch * heads
     else:  # pads stand first; a sliding layer has let the oldest slots go
         claimed = whole - heads * sum(max(0, pad - (seen - slots)) for pad in pads)
         state, dense = 0, whole
-    spare = allocated - whole * entry
-    return Ledger(allocated, claimed * entry, (whole - claimed) * entry, spare, dense * entry, state)
-
-
-def storages(tensors: Iterable[Any]) -> int:
-    """Bytes of the storages behind the tensors, each counted once; other values count nothing."""
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if torch.is_tensor(t)}
-    return sum(found.values())
+    spare = behind - whole * entry
+    return Ledger(behind, claimed * entry, (whole - claimed) * entry, spare, dense * entry, state)
 
 
 class Peak:

@@ -28,6 +28,7 @@ from attnpatch.bench import shared
 from attnpatch.bench.board import Method, Run, Tally, Task, markdown
 from attnpatch.bench.measure import environment
 from attnpatch.bench.shapes import SHAPES, random_model
+from attnpatch.engine.compat import out_of_memory
 from attnpatch.errors import ConfigError
 from attnpatch.patch import list_patches
 from attnpatch.report import status
@@ -77,7 +78,9 @@ def correct(
     tried = Tally()  # a try that runs out of memory counts nothing
     try:
         hits = _correct(model, methods, prompts.to(model.device), wanted, tried)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         hits = None
     if hits is None:
         if len(prompts) == 1:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from attnpatch.bench.decode import FULL, QUICK, Layer, dense_steps, layers
-from attnpatch.bench.measure import Clock, environment, parser, per_layer, sweep
+from attnpatch.bench.decode import Layer, dense_steps, steps
+from attnpatch.bench.measure import Clock, parser, per_layer
 from attnpatch.engine.ragged import Packed
 from attnpatch.executors import ragged
 
@@ -64,29 +64,9 @@ def row(own: list[Layer], repeats: int, clock: Clock) -> dict[str, Any]:
     return {**result, "times": times, "fastest_dense": best, "over_dense": over}
 
 
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Measure every length and write the JSON after each."""
-    arguments = parser(__doc__)
-    arguments.add_argument("--layers", type=int, default=8, help="layers that take turns; fewer leave keys in the L2")
-    arguments.add_argument("--repeats", type=int, default=31)
-    args = arguments.parse_args(argv)
-    device = torch.device(args.device)
-    gpu = device.type == "cuda"
-    if not gpu and not args.quick:
-        arguments.error("the full run needs a GPU; on a CPU use --quick.")
-    clock = Clock(device, args.seconds)
-    heads = (4, 2, 32) if args.quick else (32, 8, 128)
-    dtype = torch.bfloat16 if gpu else torch.float32
-    body: dict[str, Any] = {
-        **environment(device, args.commit),
-        "what": f"one layer's decode attention, B=1, Hq={heads[0]}, Hkv={heads[1]}, D={heads[2]}, packed storage",
-        "quick": args.quick,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    count, repeats = (2, 2) if args.quick else (args.layers, args.repeats)
-    made = (layers(length, heads, count, device, dtype) for length in (QUICK if args.quick else FULL))
-    sweep(args.out, body, (row(own, repeats, clock) for own in made))
+    steps(parser(__doc__), argv, "packed storage", lambda own, repeats, clock, _: row(own, repeats, clock))
 
 
 if __name__ == "__main__":

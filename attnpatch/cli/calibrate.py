@@ -10,6 +10,8 @@ import typer
 from attnpatch.cli import _common as c
 from attnpatch.errors import ConfigError
 
+PASSAGE = 8192  # tokens
+
 
 def calibrate(
     model: c.ModelOption,
@@ -23,7 +25,9 @@ def calibrate(
         str | None,
         typer.Option("--text", help="Instead: a UTF-8 text file; the samples are passages, without answers."),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of each passage of --text.")] = 8192,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help=f"Tokens of each passage of --text. Default: {PASSAGE}.")
+    ] = None,
     search: Annotated[
         str | None,
         typer.Option("--search", help="supervised (right answers) or unsupervised (entropy). Default: by the samples."),
@@ -47,23 +51,11 @@ def calibrate(
 ) -> None:
     """Search what a method needs to know of a model and a task; the profile goes to a folder that patch_model takes."""
     from attnpatch.calibrating import calibrate as run
-    from attnpatch.calibrating import searcher_of
-    from attnpatch.patch import build
-    from attnpatch.recipe import parse_setting
-    from attnpatch.samples import from_text, read_samples
+    from attnpatch.samples import from_text
 
-    if bool(data) == (text is not None):
-        raise ConfigError("name one of --data FILE.jsonl and --text FILE.")
-    if text is not None and search == "supervised":
-        raise ConfigError("--search supervised needs answers, which passages of --text have not; give --data.")
-    search = search or ("supervised" if data else "unsupervised")
-    values = dict(parse_setting(text) for text in settings or [])
-    searcher: Any = build(searcher_of(patch), values)  # type: ignore[arg-type]  # before the model is loaded
-    words = "" if text is None else c.read_text(text)
-    for path in data or []:
-        read_samples(path, labelled=search == "supervised")
+    searcher, values, search, words = _checked(patch, data, text, tokens, search, settings or [])
     loaded, tokenizer = c.load_model(model, dtype, device_map)
-    given: Any = data or from_text(tokenizer, words, samples or searcher.samples, tokens, seed)
+    given: Any = data or from_text(tokenizer, words, samples or searcher.samples, tokens or PASSAGE, seed)
     shown = _Progress(not as_json and sys.stderr.isatty())
     try:
         found = run(
@@ -79,6 +71,31 @@ def calibrate(
         c.print_json(found.as_dict())
     else:
         typer.echo(str(found))
+
+
+def _checked(
+    patch: str, data: list[str] | None, text: str | None, tokens: int | None, search: str | None, settings: list[str]
+) -> tuple[Any, dict[str, Any], str, str]:
+    """(the method's search, its settings, what it goes by, the text), read and checked before the model is loaded."""
+    from attnpatch.calibrating import searcher_of
+    from attnpatch.patch import build
+    from attnpatch.recipe import parse_setting
+    from attnpatch.samples import read_samples
+
+    if bool(data) == (text is not None):
+        raise ConfigError("name one of --data FILE.jsonl and --text FILE.")
+    if text is None and tokens is not None:
+        raise ConfigError(
+            "--tokens is the length of passages of --text; leave it out where the samples are those of --data."
+        )
+    if text is not None and search == "supervised":
+        raise ConfigError("--search supervised needs answers, which passages of --text have not; give --data.")
+    search = search or ("supervised" if data else "unsupervised")
+    values = dict(map(parse_setting, settings))
+    searcher = build(searcher_of(patch), values)  # type: ignore[arg-type]
+    for path in data or []:
+        read_samples(path, labelled=search == "supervised")
+    return searcher, values, search, "" if text is None else c.read_text(text)
 
 
 class _Progress:

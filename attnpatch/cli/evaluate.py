@@ -340,7 +340,7 @@ def notes(task: dict[str, Any]) -> None:
         if "perplexity" in line:
             typer.echo(f"{line['run']}: perplexity {line['perplexity']:.3f} (score: nats per token)")
         if "truncated" in line:
-            typer.echo(f"{line['run']}: the middle was taken out of {counted(line['truncated'], 'context')}")
+            typer.echo(f"{line['run']}: the middle was taken out of {counted(line['truncated'], 'prompt')}")
         for note in line.get("notes", ()):
             typer.echo(f"{line['run']}: {note}")
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attnpatch.engine.cache import PatchCache
+    from attnpatch.engine.call import Plan
     from attnpatch.patch import Patch
 
 _NEUTRAL = {"position_ids", "use_cache", "cache_position", "output_hidden_states", "return_dict", "is_causal"}
@@ -149,7 +150,7 @@ def _patched(
     if kv.holes and (kv.packed is None or q.shape[2] > 1):  # one query sees all of packed storage
         kv.pos = layer.pos if kv.packed is None else None
         q_pos = call.q_pos(q.shape[0], q.device) if q_pos is None else q_pos
-    keeper = plan.keeper if ordinal is not None and _may_evict(plan.keeper, layer, event, cache.turn) else None
+    keeper = plan.keeper if ordinal is not None and _may_evict(plan, layer, event, cache.turn) else None
     observers = plan.observers[call.phase] if ordinal is not None else ()
     custom = _custom_mask(call, layer, order, q, keeper)
     ctx = Ctx(ordinal or 0, len(plan.covered), call.phase, event, q_pos, (), scaling, softcap, None, custom)
@@ -183,11 +184,11 @@ def _patched(
     return out.gather(1, back)
 
 
-def _may_evict(keeper: Patch | None, layer: PatchLayer, event: str, turn: int) -> bool:
+def _may_evict(plan: Plan, layer: PatchLayer, event: str, turn: int) -> bool:
     """A method is asked at its declared events; at a later turn for rows not yet evicted, or if it recompresses."""
-    if keeper is None or event not in keeper.evict_at:
+    if plan.keeper is None or event not in plan.keeps_at:
         return False
-    if event == "step" or keeper.recompresses:
+    if event == "step" or plan.keeper.recompresses:
         return True
     open_ = _open(layer, turn)
     return open_ if isinstance(open_, bool) else bool(open_.any())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 
@@ -27,6 +26,22 @@ if TYPE_CHECKING:
     from attnpatch.patch import Patch
 
 
+T = TypeVar("T")
+
+
+class once(Generic[T]):
+    """functools.cached_property without its lock, which torch.compile cannot trace on Python 3.11."""
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self.make, self.name, self.__doc__ = make, make.__name__, make.__doc__
+
+    def __get__(self, owner: Any, kind: Any = None) -> T:
+        if owner is None:
+            return cast(T, self)
+        value = owner.__dict__[self.name] = self.make(owner)
+        return value
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The composed methods of one patched model; shared by its caches, never copied."""
@@ -38,45 +53,55 @@ class Plan:
     rope: Any = None  # Rope, where a method re-numbers positions
     shard: Shard = WHOLE  # heads of this process
 
+    def __post_init__(self) -> None:
+        for name, value in vars(type(self)).items():  # all at once, so that no compiled forward finds them missing
+            if isinstance(value, once):
+                getattr(self, name)
+
     def __deepcopy__(self, memo: dict) -> Plan:
         return self  # a copied cache still belongs to the same patched model
 
-    @cached_property
+    @once
     def keeper(self) -> Patch | None:
         """The one method that decides what the cache keeps."""
         return next((p for p in self.patches if "keep" in p.hooks()), None)
 
-    @cached_property
+    @once
+    def keeps_at(self) -> frozenset[str]:
+        """Events at which it is asked."""
+        return self.keeper.evict_at if self.keeper is not None else frozenset()
+
+    @once
     def writer(self) -> Patch | None:
         """The one method that puts another prompt in the place of generate's."""
         return next((p for p in self.patches if "prepare" in p.hooks()), None)
 
-    @cached_property
+    @once
     def observers(self) -> dict[str, tuple[Patch, ...]]:
         """Phase -> the methods that look on."""
         return {phase: tuple(p for p in self.patches if phase in p.observe_at) for phase in ("prefill", "decode")}
 
-    @cached_property
+    @once
     def acts_on_steps(self) -> bool:
         """Whether any hook runs during decoding."""
-        keeps = self.keeper is not None and "step" in self.keeper.evict_at
-        return bool(self.observers["decode"]) or keeps or "decode" in self.selectors or bool(self.reweighters["decode"])
+        looks = bool(self.observers["decode"]) or "step" in self.keeps_at
+        return looks or "decode" in self.selectors or bool(self.reweighters["decode"])
 
-    @cached_property
+    @once
     def selectors(self) -> dict[str, Patch]:
         """Phase -> the one method that chooses what is attended in it."""
         return {phase: p for p in self.patches for phase in p.phases}
 
-    @cached_property
+    @once
     def reweighters(self) -> dict[str, tuple[Patch, ...]]:
         """Phase -> the methods that change its weights, in the order named."""
         return {phase: tuple(p for p in self.patches if phase in p.reweight_at) for phase in ("prefill", "decode")}
 
-    @cached_property
+    @once
     def query_tail(self) -> int:
         return self.keeper.query_tail if self.keeper else 0
 
-    @cached_property
+    @once
     def ordinal(self) -> dict[int, int]:
         """Layer index -> its place among the covered layers."""
         return {index: i for i, index in enumerate(self.covered)}
@@ -130,11 +155,15 @@ class Ctx:
     ragged: bool = True  # rows may hold different numbers of tokens (padding)
     bytes_per_token: float | None = None
     report: dict[str, Tensor] = field(default_factory=dict)  # numbers to show in status (their mean), by name
-    tally: Tally = field(default_factory=Tally)  # a method adds to `scored` what it reads to choose
+    tally: Tally = cast(Tally, None)  # a method adds to `scored` what it reads to choose
     untouched: tuple[bool, ...] = ()  # rows that keep all they hold, whatever the budget
     at: Any = None  # at(j): KV of covered layer j as it is now, for decisions on earlier layers
     index: int = 0  # the layer's number in the model, as profiles count
-    shard: Shard = WHOLE  # which of the layer's heads are here, under tensor parallelism
+    shard: Shard = cast(Shard, None)  # which of the layer's heads are here, under tensor parallelism
+
+    def __post_init__(self) -> None:  # not as default values: torch.compile cannot trace those
+        self.tally = Tally() if self.tally is None else self.tally
+        self.shard = WHOLE if self.shard is None else self.shard
 
     def last_queries(self) -> tuple[Tensor, Tensor]:
         """`tail` and `tail_pos`. Raises ConfigError where there are none (a probe without them)."""
@@ -248,12 +277,12 @@ class Call:
             layer.forget(n, real)
         return real
 
-    @cached_property
+    @once
     def total(self) -> Tensor:
         """int32 [B, 1] real tokens of each row up to and with this call. Only where there is padding."""
         return self.padding.sum(-1, keepdim=True, dtype=torch.int32)  # type: ignore[union-attr]
 
-    @cached_property
+    @once
     def fresh(self) -> Tensor:
         """int32 [B, 1] real tokens of each row in this call. Only where there is padding."""
         return self.padding[:, self.before :].sum(-1, keepdim=True, dtype=torch.int32)  # type: ignore[index]
@@ -263,7 +292,7 @@ class Call:
         fresh = torch.full_like(count, self.length) if self.padding is None else self.fresh.to(count.device)
         return fresh.flatten().contiguous(), count.flatten().contiguous()
 
-    @cached_property
+    @once
     def slots(self) -> Tensor:
         """[B, T] slots of the new tokens where slots are positions. Only where there is padding."""
         t = torch.arange(self.length, device=self.padding.device)  # type: ignore[union-attr]
@@ -316,7 +345,7 @@ class Call:
             self._order = (~new).to(torch.uint8).argsort(dim=-1, stable=True)
         return self._order.to(device)
 
-    @cached_property
+    @once
     def prompt_len(self) -> tuple[int, ...]:
         """Real tokens of each row's whole prompt. Waits for the device, at a prompt only and only when padded."""
         batch = self.cache.batch if self.cache is not None else 1

@@ -271,7 +271,7 @@ class PatchLayer(DynamicLayer):
 
     def _join(self, k: Tensor, v: Tensor) -> None:
         held, new = self.keys.shape[2], k.shape[2]
-        spare = self._spare if new == 1 else None
+        spare = self._spare if new == 1 and not torch.compiler.is_compiling() else None
         if spare is not None and (torch.is_inference_mode_enabled() or not spare[0].is_inference()):
             buffer_k, buffer_v = spare  # [B, Hkv, held + 1, D]
             buffer_k[:, :, held:] = k
@@ -348,7 +348,8 @@ class PatchLayer(DynamicLayer):
             self._pick(keep.index, None if keep.count is None else keep.count.to(torch.int32), following)
             if before is not None or keep.loses is not None:  # rows that fit lose nothing; a prompt may wait
                 rows = (self._counts() < before).any(-1) if keep.loses is None else keep.loses  # type: ignore[operator]
-                turns, lost = torch.where(rows, turn, self.compressed_turn), bool(rows.any())
+                turns = torch.where(rows, turn, self.compressed_turn)
+                lost = torch.compiler.is_compiling() or bool(rows.any())  # in a graph the host may not wait
             if not lost:
                 self._set_pos(None if aligned else self._pos, following)
                 return

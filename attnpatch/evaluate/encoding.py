@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any
 
@@ -26,7 +26,8 @@ class Encoded:
     """A sample's token ids.
 
     head: what the query-agnostic protocol prefills. asks: of each question, the ids from there to where its answer
-    begins. later: the same of each question as a further turn, after the answer before it. cut: context tokens removed.
+    begins. later: the same of each question as a further turn, after the answer before it. cut: tokens removed from the
+    context, and from questions that do not fit by themselves.
     """
 
     sample: Sample
@@ -80,8 +81,9 @@ class Encoder:
 
     chat: through the chat template (None: where the tokenizer has one). limit: most tokens of prompt and answer
     together. truncate: what happens to longer prompts: "refuse" (an error naming the sample), or "middle" (the middle
-    of the context is taken out, and counted in `Encoded.cut`). questions: how several of one context are asked:
-    "turns" (one conversation) or "requests" (each for itself). Raises ConfigError.
+    of the context is taken out, then that of questions too long by themselves; `Encoded.cut` counts both). questions:
+    how several of one context are asked: "turns" (one conversation) or "requests" (each for itself). Raises
+    ConfigError.
     """
 
     def __init__(
@@ -145,18 +147,43 @@ class Encoder:
         ids = tokenise(self.tokenizer, sample.context, False)
         left = len(ids) - (whole.longest + new_tokens - limit)
         while left > 0:
-            front = left // 2
-            stay = ids[:front] + ids[len(ids) - (left - front) :]  # decoded as one: word tokenizers need the space
-            text = self.tokenizer.decode(stay, skip_special_tokens=False)
-            made = self._encode(sample, text, len(ids) - left)
+            made = self._encode(sample, self._middle_out(ids, left), len(ids) - left)
             over = made.longest + new_tokens - limit
             if over <= 0:
                 return made
             left -= over  # joined text may split into a few more tokens than its parts
+        return self._shorten_all(sample, ids, new_tokens, where)
+
+    def _shorten_all(self, sample: Sample, ids: list[int], new_tokens: int, where: str) -> Encoded:
+        """Where the questions alone fill the model's positions: their middles are taken out, too.
+
+        ids: the context's. A quarter of what fits stays context, so that there is something to compress.
+        """
+        limit: Any = self.limit
+        asked = [tokenise(self.tokenizer, q, False) for q in sample.questions]
+        at_once = len(asked) if self.questions == "turns" else 1
+        left = limit - new_tokens
+        while left > at_once and sample.metric != "loglikelihood":  # a text to be scored must stay whole
+            kept = min(len(ids), max(1, left // 4))
+            each = (left - kept) // at_once
+            texts = [q if len(i) <= each else self._middle_out(i, each)
+                     for q, i in zip(sample.questions, asked, strict=True)]  # fmt: skip
+            cut = len(ids) - kept + sum(max(0, len(i) - each) for i in asked)
+            made = self._encode(replace(sample, questions=tuple(texts)), self._middle_out(ids, kept), cut)
+            over = made.longest + new_tokens - limit
+            if over <= 0:
+                return replace(made, sample=sample)
+            left -= over
         raise InputError(
             f"{where} leaves no room for its context: question, markup and answers take the {limit} tokens; "
             "raise --max-length or lower --max-new-tokens."
         )
+
+    def _middle_out(self, ids: list[int], left: int) -> str:
+        """The text of `left` tokens, half of them from each end."""
+        front = left // 2
+        stay = ids[:front] + ids[len(ids) - (left - front) :]  # decoded as one: word tokenizers need the space
+        return self.tokenizer.decode(stay, skip_special_tokens=False)
 
     def _encode(self, sample: Sample, context: str, cut: int) -> Encoded:
         special = not self.chat

@@ -60,6 +60,9 @@ def bamboo(row: dict[str, Any], name: str) -> Sample:
         context, mark, rest = context.rpartition("\n\nQuestion:")
         if not mark:
             raise InputError(f"{name} has no 'Question:' in its content; BAMBOO's altqa rows end with one.")
+        asked, first, document = rest.partition("\n\nDocument:")
+        if first:  # half of the rows ask before the document, which then would be no context
+            context, rest = context + first + document, asked
         question = mark + rest.rstrip() + _BAMBOO_NUMBER
     return Sample(
         id=name,

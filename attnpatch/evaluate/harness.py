@@ -50,6 +50,10 @@ def lm_class(patches: Sequence[Patch]) -> Any:
             if chosen:
                 patch_model(self.model, chosen)
 
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            given, _ = super()._encode_pair(context, continuation)
+            return at_the_seam(given, self.tok_encode(context + continuation), self.prefix_token_id)
+
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             return score_requests(self, requests)
 
@@ -62,6 +66,18 @@ def lm_class(patches: Sequence[Patch]) -> Any:
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
     return PatchedLM
+
+
+def at_the_seam(context: list[int], whole: list[int], start: int) -> tuple[list[int], list[int]]:
+    """(context, continuation) of a text's ids, cut before the first token that is not the context's own.
+
+    lm_eval cuts by the context's number of tokens, which loses text, or all of it, where a token spans the seam (as in
+    vocabularies with tokens of several words). start: the context of a text that has no token of its own there.
+    """
+    from attnpatch.evaluate.encoding import common
+
+    alike = min(common([context, whole]), len(whole) - 1) if whole else 0
+    return (whole[:alike], whole[alike:]) if alike else ([start], whole)
 
 
 def score_requests(lm: Any, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[tuple[float, bool]]:

@@ -44,7 +44,7 @@ def _call(q: torch.Tensor, kv: Any) -> _Call:
     )
 
 
-def _columns(selection: Any, batch: int, slots: int, heads: int) -> torch.Tensor | None:
+def _columns(selection: Any, batch: int, slots: int) -> torch.Tensor | None:
     """Columns int [B|1, H, C] of which each key counts once, -1 or >= slots where none does."""
     if selection.columns is None or selection.distinct:
         return selection.columns
@@ -58,7 +58,7 @@ def _columns(selection: Any, batch: int, slots: int, heads: int) -> torch.Tensor
 def _run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
     from attnpatch.executors import _gather_decode_triton
 
-    columns = _columns(selection, q.shape[0], kv.k.shape[2], q.shape[1])
+    columns = _columns(selection, q.shape[0], kv.k.shape[2])
     complete = getattr(kv, "complete", False)
     read = kv.pos is not None and (bool(kv.holes) or not complete)
     # sink and window are ranges of slots where slots are positions

@@ -275,7 +275,7 @@ def test_recycled_equals_the_specification(change):
                 assert found[b][2 * h] == found[b][2 * h + 1] == expected, (b, h, step)
 
 
-@pytest.mark.parametrize("change", [{"stride": 61}, {"stride": 999}, {"schedule": "qc", "stride": 17, "threshold": 0.0}],
+@pytest.mark.parametrize("change", [{"stride": 61}, {"stride": 999}, {"schedule": "qc", "stride": 9, "threshold": 0.0}],
                          ids=["fixed", "never", "qc"])  # fmt: skip
 def test_recycled_11_equals_lists_over_500_steps(change):
     """The list that is overwritten in place against one from which the oldest falls off."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnpatch.errors import ConfigError
+from attnpatch.switches import switch
 
 if TYPE_CHECKING:
     import torch
@@ -78,15 +79,34 @@ def load() -> dict[str, dict[str, Limits]]:
     if key not in _known:
         try:
             read = json.loads(file.read_text(encoding="utf-8"))
-            found = {
-                m: {n: Limits(int(x["tokens"]), float(x["share"]), bool(x.get("paid", True))) for n, x in row.items()}
-                for m, row in read.items()
-            }
+            found = {m: {n: _limits(x) for n, x in row.items()} for m, row in read.items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise ConfigError(f"{file} is not a file of break-even lengths ({error}); {REMEDY}.") from None
         _known.clear()
         _known[key] = found
     return _known[key]
+
+
+def _limits(x: dict[str, Any]) -> Limits:
+    """One method's entry. Raises as a malformed one does."""
+    found = Limits(int(x["tokens"]), float(x["share"]), bool(x.get("paid", True)))
+    if found.tokens < 0 or not 0 <= found.share <= 1:  # NaN is in no range
+        raise ValueError(f"tokens {found.tokens}, share {found.share}")
+    return found
+
+
+def folder() -> Path:
+    """The folder of the file, made if need be. Raises ConfigError where nothing can be written."""
+    where = path().parent
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{where} cannot be written ({error.strerror}); set ATTNPATCH_CACHE to a folder that can."
+        ) from None
+    if not os.access(where, os.W_OK):
+        raise ConfigError(f"{where} cannot be written; set ATTNPATCH_CACHE to a folder that can.")
+    return where
 
 
 def save(where: str, limits: dict[str, Limits]) -> Path:
@@ -95,8 +115,8 @@ def save(where: str, limits: dict[str, Limits]) -> Path:
         others = load()
     except ConfigError:  # measuring again is the remedy that it names
         others = {}
+    folder()
     file, all_limits = path(), {**others, where: limits}
-    file.parent.mkdir(parents=True, exist_ok=True)
     body = {m: {n: x._asdict() for n, x in row.items()} for m, row in all_limits.items()}
     new = file.with_suffix(".new")  # a reader never sees half a file
     new.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
@@ -106,7 +126,7 @@ def save(where: str, limits: dict[str, Limits]) -> Path:
 
 def limits(method: str, device: torch.device, dtype: torch.dtype) -> Limits | None:
     """What was measured for `method` here, or None."""
-    if os.environ.get("ATTNPATCH_AUTO_DENSE") == "0":
+    if not switch("ATTNPATCH_AUTO_DENSE", True):
         return None
     found = load()
     if not found:

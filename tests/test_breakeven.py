@@ -13,10 +13,12 @@ from attnpatch import PatchCache, breakeven, patched, status
 from attnpatch.bench import breakeven as measuring
 from attnpatch.breakeven import Limits
 from attnpatch.cli.main import app
+from attnpatch.cli.main import run as run_command
 from attnpatch.decisions import Selection
 from attnpatch.engine.compat import cache_name
 from attnpatch.errors import ConfigError
 from attnpatch.executors import lists
+from attnpatch.switches import switch
 
 CPU, HERE = torch.device("cpu"), {"block_size": 16, "min_budget": 16, "tau": 0.0}
 
@@ -86,12 +88,53 @@ def test_the_file():
     file = breakeven.save("one", {"hip": Limits(5, 0.5)})
     breakeven.save("two", {"hip": Limits(7, 0.25)})
     assert breakeven.load() == {"one": {"hip": Limits(5, 0.5)}, "two": {"hip": Limits(7, 0.25)}}
-    for text in ("{", "[]", json.dumps({"one": {"hip": {"tokens": "many", "share": 1}}})):
+    wrong = [{"tokens": "many", "share": 1}, {"tokens": -1, "share": 1}, {"tokens": 1, "share": float("nan")}, {}, 7]
+    for text in ("{", "[]", "", *(json.dumps({"one": {"hip": x}}) for x in wrong)):
         file.write_text(text)
         with pytest.raises(ConfigError, match="delete it, or measure again: attnpatch doctor --calibrate"):
             breakeven.load()
     breakeven.save("one", {"hip": Limits(9, 1.0, False)})
     assert breakeven.load() == {"one": {"hip": Limits(9, 1.0, False)}}
+
+
+def test_what_was_measured_elsewhere_says_nothing_here():
+    here = breakeven.machine(CPU, torch.float32)
+    elsewhere = (
+        here.replace(torch.__version__, "2.11.0"),
+        here.replace("float", "half"),
+        here.replace("cpu", "GPU"),
+    )
+    for other in elsewhere:
+        assert other != here
+        breakeven.save(other, {"flexprefill": Limits(10**6, 0.0)})
+    assert breakeven.limits("flexprefill", CPU, torch.float32) is None
+    assert notes(None, **HERE)[0] == {""}
+    shown = CliRunner().invoke(app, ["doctor"]).stdout
+    assert "not measured here (--calibrate)" in shown
+
+
+def test_a_broken_file_and_a_wrong_switch_stop_a_prompt(monkeypatch):
+    breakeven.save("one", {})
+    breakeven.path().write_bytes(b"\xff\x00")
+    with pytest.raises(ConfigError, match=r"breakeven.json is not a file of .*; delete it, or measure again"):
+        notes(None, **HERE)
+    monkeypatch.setenv("ATTNPATCH_AUTO_DENSE", "0")
+    assert notes(None, **HERE)[0] == {""}, "nothing is read"
+    for name in ("ATTNPATCH_AUTO_DENSE", "ATTNPATCH_DEBUG"):
+        monkeypatch.setenv(name, "off")
+        with pytest.raises(ConfigError, match=f"{name}='off' is not allowed; set it to 0 or 1, or unset it"):
+            switch(name, True)
+        monkeypatch.setenv(name, "0")
+        assert switch(name, True) is False
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_measuring(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATTNPATCH_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(measuring, "measure", lambda *args, **kwargs: pytest.fail("measured"))
+    assert run_command(["doctor", "--calibrate"]) == 2
+    with pytest.raises(ConfigError, match="file cannot be written .*; set ATTNPATCH_CACHE to a folder that can"):
+        breakeven.save("one", {})
 
 
 def test_steps_leave_what_is_said_of_the_prompt():

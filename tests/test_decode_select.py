@@ -275,6 +275,20 @@ def test_recycled_equals_the_specification(change):
                 assert found[b][2 * h] == found[b][2 * h + 1] == expected, (b, h, step)
 
 
+@pytest.mark.parametrize("change", [{"stride": 61}, {"stride": 999}, {"schedule": "qc", "stride": 9, "threshold": 0.0}],
+                         ids=["fixed", "never", "qc"])  # fmt: skip
+def test_recycled_11_equals_lists_over_500_steps(change):
+    """The list that is overwritten in place against one from which the oldest falls off."""
+    patch, layer = RefreshKV(**{**RECYCLED, **change}), Layer(tokens=560)
+    layer.attended(patch, [50], "prompt")
+    naives = [NaiveRefresh(patch, layer, 0, h, patch.budget.tokens(50)) for h in range(2)]
+    [one.refresh(50) for one in naives]
+    for step in range(1, 501):
+        found = layer.attended(patch, [50 + step])[0]
+        for h, one in enumerate(naives):
+            assert found[2 * h] == found[2 * h + 1] == one.step(50 + step, step), (h, step)
+
+
 def test_recycled_full_steps_follow_the_queries():
     """A threshold that every query meets makes the fixed schedule, one that none meets no full step."""
 

@@ -10,6 +10,7 @@ from selections import attend, layer, noise, pairs
 
 import attnpatch
 from attnpatch.errors import ConfigError
+from attnpatch.executors import dispatch
 
 BASE = {"top_k": 9, "n_local": 12, "n_init": 4, "chunk": 8, "positions": "true"}
 
@@ -62,6 +63,24 @@ def test_prefill_with_room_for_all_is_dense_and_else_sparse(name):
             sparse = model(ids, use_cache=False).logits
         assert torch.isfinite(sparse).all()
         assert name == "mistral_sw" or not torch.allclose(sparse, model(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [512, 1], ids=["chunk", "step"])
+def test_8_positions_stay_below_what_is_attended(rows):
+    """At the default sizes and 100,000 tokens no query or key is rotated to a position beyond 2687."""
+    n, seen, patch = 100_000, [], TokenSelect(threshold=1.01)
+    q, kv, ctx = layer(*noise(n, 2, 1, 4), prefix=n - rows)
+    ctx.turn, ctx.back = (lambda x, by: x), lambda x: x.float()
+    ctx.event, ctx.phase = ("step", "decode") if rows == 1 else ("prompt", "prefill")
+    chosen = patch.select(q, kv, ctx)
+    chosen = list(chosen) if hasattr(chosen, "__next__") else [chosen]
+    q, kv.k = q.clone(), kv.k.clone()
+    q[..., 0], kv.k[..., 0] = ctx.q_pos[:, None].float(), kv.pos.float()  # each tells where it stands
+    ctx.turn = lambda x, by: seen.append(x[..., 0].long() + by[:, None]) or torch.zeros_like(x)
+    for term in chosen:
+        dispatch.run(q, kv, term, ctx)
+    assert len(seen) >= 2 and all(0 <= int(at.min()) and int(at.max()) <= 2687 for at in seen)
+    assert max(int(at.max()) for at in seen) == 128 + 2048 + 512 - 1
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -15,7 +15,7 @@ from selections import attend, block_sets, largest, layer, noise, pairs, structu
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError
-from attnpatch.executors import antidiagonal, backends, column_sums, naive, selecting
+from attnpatch.executors import antidiagonal, backends, column_sums, naive, pages, selecting
 
 if INTERPRETED:
     mend_interpreter()
@@ -110,6 +110,43 @@ def test_6_grouped_heads_equal_repeated_heads(heads, kv_heads):
     got = block_sets(options(0.7), *layer(q, k, v))
     assert got == from_the_spec(q[0], k[0], 0.7)
     assert block_sets(options(0.7), *layer(q, *(x.repeat_interleave(heads // kv_heads, 1) for x in (k, v)))) == got
+
+
+def rank_correlation(x, y):
+    """Spearman's, of values without ties."""
+    x, y = (v.argsort().argsort().double() for v in (x, y))
+    return float(torch.corrcoef(torch.stack([x, y]))[0, 1])
+
+
+def test_6_the_estimate_ranks_blocks_as_their_true_mass():
+    """Rank correlation of estimated and true block mass, mean over heads and rows; smaller tiles are finer."""
+    q, k, _ = structured(1024)
+    mean = {}
+    for stride in (4, 8, 16):
+        found = []
+        for h in range(4):
+            keys, tril = k[0, h // 2].double(), torch.ones(1024, 1024).tril().bool()
+            probs = (q[0, h].double() @ keys.T * 32**-0.5).masked_fill(~tril, -math.inf).softmax(-1)
+            true = probs.unflatten(1, (16, 64)).unflatten(0, (16, 64)).sum((1, 3))
+            w = block_mass(q[0, h], k[0, h // 2], 64, stride, 32**-0.5)
+            found += [rank_correlation(w[i, : i + 1], true[i, : i + 1]) for i in range(5, 16)]
+        mean[stride] = sum(found) / len(found)
+    assert mean[4] > mean[8] > mean[16] > 0.7
+
+
+def test_6_attention_over_the_chosen_blocks_is_masked_dense_attention():
+    q, kv, ctx = layer(*structured(700, 8, 2))
+    got = torch.zeros(1, 700, 8, 32)
+    for term in options(0.6).select(q, kv, ctx):
+        got[:, term.rows] = pages.run(q, kv, term, ctx)[0]
+    seen = torch.zeros(8, 704, 704, dtype=torch.bool)
+    for h, own in enumerate(from_the_spec(q[0], kv.k[0], 0.6)):
+        for i, found in own.items():
+            for j in found:
+                seen[h, i * 64 : i * 64 + 64, j * 64 : j * 64 + 64] = True
+    k, v = (x.repeat_interleave(4, 1) for x in (kv.k, kv.v))
+    logits = (q @ k.transpose(-1, -2) * 32**-0.5).masked_fill(~seen[:, :700, :700].tril(), -math.inf)
+    torch.testing.assert_close(got, (logits.softmax(-1) @ v).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prefix", [64, 80, 640, 699])

@@ -104,6 +104,7 @@ def _calibrate(quiet: bool) -> None:
     from attnpatch import breakeven
     from attnpatch.bench.breakeven import measure
 
+    breakeven.folder()  # before minutes of measuring
     device, dtype = _measured_with()
     repeats = 5 if device.type == "cuda" else 2
     found = measure(device, dtype, repeats=repeats, say=lambda line: None if quiet else typer.echo(line))

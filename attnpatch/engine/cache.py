@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from copy import copy
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from transformers import DynamicCache
 from attnpatch.engine.layer import PatchLayer
 from attnpatch.engine.slots import allocated
 from attnpatch.errors import InputError, PatchStateError, UnsupportedModeError
+from attnpatch.switches import switch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +132,7 @@ class PatchCache(DynamicCache):
         if not 0 <= named <= layer:
             raise InputError(f"KeepSet for layer {named}; layer {layer} may decide for layers 0..{layer}.")
         target: Any = self.layers[self.plan.covered[named]]
-        if os.environ.get("ATTNPATCH_DEBUG"):  # waits for the device
+        if switch("ATTNPATCH_DEBUG", False):  # waits for the device
             keep.validate(target.keys.shape[0], target.keys.shape[1], target.held)
         target.keep(keep, self.turn)
 

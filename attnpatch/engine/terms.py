@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from attnpatch.decisions import Selection, Virtual
 from attnpatch.engine.stopwatch import Stopwatch
 from attnpatch.errors import ConfigError
 from attnpatch.executors import dispatch, lists, reweight
+from attnpatch.switches import switch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +118,7 @@ def reweigh(patches: Sequence[Patch], q: Tensor, kv: KV, ctx: Ctx, out: Tensor, 
         decision = patch.reweight(q, kv, ctx)
         if decision is None:
             continue
-        if os.environ.get("ATTNPATCH_DEBUG"):  # waits for the device
+        if switch("ATTNPATCH_DEBUG", False):  # waits for the device
             decision.validate(q.shape[0], q.shape[1], kv.k.shape[1], q.shape[2])
         out, now = reweight.run(out, now, q, kv, decision, ctx, want_lse=patch is not patches[-1])
         ctx.out, ctx.lse = out, now

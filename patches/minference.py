@@ -41,7 +41,8 @@ class MInference(Patch):
     block of 64 queries (the released code reads 64 keys from where it starts; what its merging adds is not read), and
     tri_shape's dense rows start at a multiple of 64. A column that a listed block holds counts once. `slash` below 100
     is raised to 100. Block means are over real tokens only. A block-sparse row may miss its own block, as released.
-    Ties go to the more recent key or the smaller distance.
+    Ties go to the more recent key or the smaller distance. A chunk, or a later turn, votes with its own last queries
+    over all keys so far; its rows have their true positions.
     """
 
     pattern: str = option(

@@ -106,7 +106,7 @@ def check(name, shape, dtype, heads, **more):
     rows = 1 if name == "gather_decode" else rows
     q, kv, ctx = problem(slots, dim, group, rows, short, dtype)
     selection = decision(name, q, kv, {"1": 1, "Hkv": 2, "Hq": 2 * group}[heads], seed=slots + dim)
-    if more.pop("triton", False) and name == "row_lists":
+    if more.pop("triton", False):
         run = import_module("attnpatch.executors.row_lists").run_triton
     else:
         run = import_module(f"attnpatch.executors.{name}").run
@@ -164,10 +164,10 @@ def interpreted():
     gather = import_module("attnpatch.executors.gather_decode")
     gather.no_cuda_lists = lambda call: None
     for i, (slots, dim, group, rows, short) in enumerate(SHAPES):
-        for dtype in (torch.float32, HALF):
-            heads = ["1", "Hkv", "Hq"][i % 3]
-            check("gather_decode", (slots, dim, group, 1, short), dtype, heads, _backend="triton")
-            check("row_lists", (slots, dim, group, min(rows, 35), min(short, 5)), dtype, heads, triton=True)
+        dtype, heads, few = (torch.float32, HALF)[i % 2], ["1", "Hkv", "Hq"][i % 3], min(rows, 35)
+        check("gather_decode", (slots, dim, group, 1, short), dtype, heads, _backend="triton")
+        for name in ("row_lists", "pages"):
+            check(name, (slots, dim, group, few, min(short, 5)), dtype, heads, triton=True)
 
 
 @needs_triton

@@ -130,23 +130,22 @@ def read_prompt(prompt: str | None, prompt_file: str | None, context_file: str |
     return text
 
 
-def _read_file(path: str) -> str:
+def _read_file(path: str, stdin: bool = True) -> str:
+    """The text of a file, or with `stdin` what "-" stands for. Raises InputError where it is not UTF-8."""
+    piped = stdin and path == "-"
     try:
-        if path != "-":
+        if not piped:
             return Path(path).read_text(encoding="utf-8")
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the locale says
         return sys.stdin.read()
     except UnicodeDecodeError:
-        raise InputError(f"{'stdin' if path == '-' else path} is not UTF-8 text; save it as UTF-8.") from None
+        raise InputError(f"{'stdin' if piped else path} is not UTF-8 text; save it as UTF-8.") from None
 
 
 def read_text(path: str) -> str:
     """The text of a file. Raises InputError where it is not UTF-8 or empty."""
-    try:
-        words = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+    words = _read_file(path, stdin=False)
     if not words.strip():
         raise InputError(f"{path} is empty; give a file with text.")
     return words

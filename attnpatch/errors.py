@@ -1,5 +1,9 @@
 """Typed errors. Each message says what is wrong, what is allowed, and what to do next."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class AttnPatchError(Exception):
     """Base of everything attnpatch raises on purpose."""
@@ -27,3 +31,11 @@ class VersionError(AttnPatchError, ImportError):
 
 class InputError(AttnPatchError, ValueError):
     """Bad tensors from the user: empty prompt, NaN in the mask, wrong shapes."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """The hint that names the allowed one nearest to a wrong name, with a space before it; "" where none is near."""
+    import difflib  # only where something is wrong already
+
+    near = difflib.get_close_matches(given, allowed, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import lru_cache
@@ -10,7 +9,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from attnpatch.budget import Budget
-from attnpatch.errors import ConfigError, UnsupportedModeError
+from attnpatch.errors import ConfigError, UnsupportedModeError, did_you_mean
 
 if TYPE_CHECKING:
     from attnpatch.decisions import ColumnReweight, KeepSet
@@ -233,8 +232,7 @@ def get_patch(name: str) -> type[Patch]:
     """The dataclass registered under `name`; ConfigError names the nearest and all allowed names."""
     known = list_patches()
     if name not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name.lower(), known)
         raise ConfigError(f"unknown patch {name!r}.{hint} Known patches: {', '.join(known)}.")
     return known[name]
 
@@ -243,8 +241,7 @@ def build(cls: type[Patch], values: dict[str, Any]) -> Patch:
     """Instantiate with an error that lists the allowed keywords."""
     allowed = {f.name for f in fields(cls) if f.init}
     if unknown := sorted(set(values) - allowed):
-        near = difflib.get_close_matches(unknown[0].lower(), allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(unknown[0].lower(), allowed)
         raise ConfigError(
             f"{cls.name} has no hyperparameter {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}.{hint}"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnpatch import patch as registry
-from attnpatch.errors import ConfigError
+from attnpatch.errors import ConfigError, did_you_mean
 
 _TEXT_OR_NONE = (str, type(None))
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -135,8 +134,7 @@ def _read(name_or_path: str | Path) -> tuple[str, str, str]:
         return (resources.files("attnpatch.recipes") / f"{given}.yaml").read_text(encoding="utf-8"), given, given
     path = Path(name_or_path)
     if path.suffix.lower() not in (".yaml", ".yml"):
-        near = difflib.get_close_matches(given.lower(), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(given.lower(), known)
         raise ConfigError(
             f"unknown recipe {given!r}; packaged: {', '.join(known)}. Or give the path of a .yaml file.{hint}"
         )

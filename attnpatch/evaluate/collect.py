@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from attnpatch.errors import ConfigError, InputError
+from attnpatch.errors import ConfigError, InputError, did_you_mean
 from attnpatch.evaluate import likelihood
 from attnpatch.evaluate.sample import Sample
 
@@ -41,8 +40,7 @@ def check_names(names: Sequence[str]) -> None:
     known = [*tasks.TASKS, PERPLEXITY]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ConfigError(f"unknown task {name!r}.{hint} Known tasks: {', '.join(known)}.")
         if list(names).count(name) > 1:
             raise ConfigError(f"task {name!r} is named twice; name it once.")

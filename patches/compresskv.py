@@ -187,8 +187,7 @@ class CompressKV(EvictPatch):
     def capacities(self, ctx: Ctx) -> tuple[int, ...]:
         """Entries each row keeps in this layer."""
         mean = ctx.capacity(self.budget)
-        untouched = ctx.untouched or (False,) * len(mean)
-        return tuple(c if whole else self._share(c, ctx) for c, whole in zip(mean, untouched, strict=True))
+        return tuple(c if whole else self._share(c, ctx) for c, whole in zip(mean, ctx.kept_whole, strict=True))
 
     def _share(self, mean: int, ctx: Ctx) -> int:
         mean = max(mean, self.window_size + 1)

@@ -275,8 +275,7 @@ class TCA(Patch):
         from attnpatch.decisions import KeepSet
 
         share = self.configured(q.shape[1], kv.k.shape[1], ctx)
-        untouched = ctx.untouched or (False,) * len(ctx.prompt_len)
-        acts = [n >= self.least and not done for n, done in zip(ctx.prompt_len, untouched, strict=True)]
+        acts = [n >= self.least and not whole for n, whole in zip(ctx.prompt_len, ctx.kept_whole, strict=True)]
         if not any(acts) or all(p[0] == 1 for p in share):
             return None
         size = self.block_size

@@ -175,12 +175,16 @@ class Ctx:
     def last_layer(self) -> bool:
         return self.layer == self.n_layers - 1
 
+    @property
+    def kept_whole(self) -> tuple[bool, ...]:
+        """`untouched`, said of every row."""
+        return self.untouched or (False,) * len(self.prompt_len)
+
     def capacity(self, budget: Budget) -> tuple[int, ...]:
         """Entries each row may keep under `budget`; all of them where the row is not to be touched."""
-        untouched = self.untouched or (False,) * len(self.prompt_len)
         return tuple(
             n if whole else budget.tokens(n, self.bytes_per_token)
-            for n, whole in zip(self.prompt_len, untouched, strict=True)
+            for n, whole in zip(self.prompt_len, self.kept_whole, strict=True)
         )
 
     def noise(self, pos: Tensor, seed: int) -> Tensor:

@@ -397,5 +397,4 @@ class PatchLayer(DynamicLayer):
         if not self.is_initialized:
             return 0
         pair = (self.packed.k, self.packed.v) if self.packed is not None else self._spare or (self.keys, self.values)
-        extra = () if self.extra is None else (self.extra.k, self.extra.v)
-        return allocated(*pair, *extra)
+        return allocated(*pair, *(() if self.extra is None else (self.extra.k, self.extra.v)))

@@ -23,7 +23,8 @@ LOG2E = 1.4426950408889634
 @triton.jit
 def _walk(
     total, keys, key_pos, q, norm, q_pos, start, stop, rows, stride, scale, cap,
-    DIM: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    DIM: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, SOFTCAP: tl.constexpr, CLEAN: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """total [keys] plus what rows start .. stop - 1 give; keys [keys, WIDE]; MASKED: positions decide."""
     dims = tl.arange(0, WIDE)[:, None]
@@ -37,10 +38,13 @@ def _walk(
         x = tl.dot(keys, queries, input_precision="ieee") * scale
         if SOFTCAP:  # cap * tanh(y), with 2 y log2(e) in x; exact at both infinities
             x = cap - 2.0 * cap / (tl.exp2(x) + 1.0)
-        seen = (lse != float("inf"))[None, :]  # a row that says nothing may hold NaN
+        weight = tl.exp2(x - lse[None, :])
+        if not CLEAN:  # a row that says nothing may hold NaN
+            weight = tl.where((lse != float("inf"))[None, :], weight, 0.0)
         if MASKED:
-            seen = seen & (key_pos[:, None] <= tl.load(q_pos + row, mask=inside, other=-1)[None, :])
-        total += tl.sum(tl.where(seen, tl.exp2(x - lse[None, :]), 0.0), axis=1)
+            seen = key_pos[:, None] <= tl.load(q_pos + row, mask=inside, other=-1)[None, :]
+            weight = tl.where(seen, weight, 0.0)
+        total += tl.sum(weight, axis=1)
     return total
 
 
@@ -49,6 +53,7 @@ def _kernel(
     q, k, norm, pos, q_pos, first, full, out, rows, slots, heads, group, pos_heads,
     q_b, q_h, q_t, k_b, k_h, k_s, scale, cap,
     DIM: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SOFTCAP: tl.constexpr,
+    CLEAN: tl.constexpr,
 ):  # fmt: skip
     """out fp32 [B, Hq, S]. norm fp32 [B, Hq, T] in powers of two; first, full int32 [B, H, blocks] of _spans."""
     block, row_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -70,25 +75,31 @@ def _kernel(
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     total = _walk(
         total, keys, key_pos, q, norm, q_pos, start, tl.minimum(middle, rows), rows, q_t, scale, cap,
-        DIM, WIDE, BLOCK_M, SOFTCAP, True,
+        DIM, WIDE, BLOCK_M, SOFTCAP, CLEAN, True,
     )  # fmt: skip
     total = _walk(
         total, keys, key_pos, q, norm, q_pos, middle, rows, rows, q_t, scale, cap,
-        DIM, WIDE, BLOCK_M, SOFTCAP, False,
+        DIM, WIDE, BLOCK_M, SOFTCAP, CLEAN, False,
     )  # fmt: skip
     tl.store(out + row_head * slots + slot, tl.where(key_pos >= 0, total, 0.0), mask=held)
 
 
-def _spans(pos: torch.Tensor, q_pos: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _spans(
+    pos: torch.Tensor, q_pos: torch.Tensor, block: int, rising: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Two int32 [B, H, blocks] for pos int32 [B, H, S] and q_pos int32 [B, T], whatever their order.
+
+    rising: q_pos is known to rise, without a -1.
 
     first: the first row that sees any key of the block; full: the row from which every real row sees all its keys.
     """
     far = torch.iinfo(torch.int32).max
     blocks = F.pad(pos, (0, -pos.shape[-1] % block), value=-1).unflatten(-1, (-1, block))
     oldest = torch.where(blocks < 0, far, blocks).amin(-1)  # [B, H, blocks]; far where all is empty
-    reach = q_pos.cummax(-1).values  # [B, T] newest position so far
-    least = torch.where(q_pos < 0, far, q_pos).flip(-1).cummin(-1).values.flip(-1).contiguous()  # oldest from here on
+    reach = least = q_pos  # [B, T] newest position so far, and oldest from here on
+    if not rising:
+        reach = q_pos.cummax(-1).values
+        least = torch.where(q_pos < 0, far, q_pos).flip(-1).cummin(-1).values.flip(-1).contiguous()
     first = torch.searchsorted(reach, oldest.flatten(1), out_int32=True).view_as(oldest)
     full = torch.searchsorted(least, blocks.amax(-1).flatten(1), out_int32=True).view_as(oldest)
     return first, full
@@ -109,7 +120,7 @@ def _config(wide: int, item: int) -> dict[str, Any]:
 
 def launch(
     q: torch.Tensor, k: torch.Tensor, pos: torch.Tensor, q_pos: torch.Tensor, lse: torch.Tensor, scaling: float,
-    softcap: float | None, **config: Any,
+    softcap: float | None, newest: bool = False, **config: Any,
 ) -> torch.Tensor:  # fmt: skip
     """fp32 [B, Hq, S], as `column_sums.run`; config overrides the tile, num_warps and num_stages.
 
@@ -123,7 +134,7 @@ def launch(
     norm = (lse.float() * LOG2E).masked_fill_(nothing, float("inf")).contiguous()
     wide = max(16, triton.next_power_of_2(dim))
     config = {**_config(wide, q.element_size()), **config}
-    first, full = _spans(pos, q_pos, config["BLOCK_N"])
+    first, full = _spans(pos, q_pos, config["BLOCK_N"], newest)
     out = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
     with on(q.device):
         _kernel[(first.shape[-1], batch * heads)](
@@ -131,6 +142,6 @@ def launch(
             *q.stride()[:3], *k.stride()[:3],
             scaling * LOG2E if softcap is None else 2.0 * scaling * LOG2E / softcap,
             0.0 if softcap is None else softcap * LOG2E,
-            DIM=dim, WIDE=wide, SOFTCAP=softcap is not None, **config,
+            DIM=dim, WIDE=wide, SOFTCAP=softcap is not None, CLEAN=newest, **config,
         )  # fmt: skip
     return out

@@ -96,7 +96,7 @@ def run(
         raise ConfigError(f"column sums by {name!r}: allowed are 'torch', and 'triton' where lse is given.")
     from attnpatch.executors._column_sums_triton import launch
 
-    return launch(queries, kv.k, kv.pos, q_pos, lse, scaling, softcap)
+    return launch(queries, kv.k, kv.pos, q_pos, lse, scaling, softcap, newest)
 
 
 def _run_torch(

@@ -10,7 +10,7 @@ import torch
 import attnpatch
 from attnpatch import testbed
 from attnpatch.api import resolve
-from attnpatch.bench import board, engine, first_token, quality, reweight, shared, startup
+from attnpatch.bench import board, engine, first_token, peak, quality, reweight, shared, startup
 from attnpatch.bench.shapes import SHAPES, random_model, twin
 from attnpatch.errors import ConfigError
 
@@ -48,6 +48,18 @@ def test_engine_quick_run(tmp_path):
 def test_engine_needs_a_gpu_for_the_full_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         engine.main(["--device", "cpu", "--out", str(tmp_path / "x.json")])
+    assert "--quick" in capsys.readouterr().err
+
+
+def test_peak_quick_run(tmp_path, capsys):
+    out = tmp_path / "peak.json"
+    peak.main(["--quick", "--device", "cpu", "--methods", "cake", "snapkv", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["cake", "snapkv"]
+    assert all(row["over_dense"]["bound"] <= 1 and row["kv"]["after_prefill_bytes"] for row in rows)
+    assert rows[1]["kv"]["within_bound"]
+    with pytest.raises(SystemExit):
+        peak.main(["--device", "cpu", "--out", str(out)])
     assert "--quick" in capsys.readouterr().err
 
 

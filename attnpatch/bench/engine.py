@@ -104,6 +104,7 @@ def kv_peak(model: Any, ids: torch.Tensor, budget: int) -> dict[str, Any]:
     """KV bytes held during a prefill, from the cache's own ledger and, on CUDA, from the allocator."""
     cache: Any = PatchCache(model)
     ledger: list[int] = []
+    copying: list[int] = []
     allocated: list[int] = []
     cuda = ids.device.type == "cuda"
     base = torch.cuda.memory_allocated(ids.device) if cuda else 0
@@ -117,7 +118,8 @@ def kv_peak(model: Any, ids: torch.Tensor, budget: int) -> dict[str, Any]:
         def watched(*args: Any) -> None:
             before = held()
             keep(*args)
-            ledger.append(before + layer.bytes_held())  # while the kept entries are gathered, both exist
+            ledger.append(before)
+            copying.append(before + layer.bytes_held())  # while the kept entries are gathered, both exist
 
         layer.keep = watched
 
@@ -138,11 +140,12 @@ def kv_peak(model: Any, ids: torch.Tensor, budget: int) -> dict[str, Any]:
     bound = (layers * budget + length) * each
     return {
         "sampled": "before and after each layer's eviction (ledger), after each layer (allocator)",
-        "ledger_peak_bytes": max(ledger),
+        "ledger_peak_bytes": max(ledger + copying),
+        "ledger_peak_between_copies_bytes": max(ledger),
         "allocator_peak_after_a_layer_bytes": max(allocated) if cuda else None,
         "allocator_note": "includes hidden states and whatever else lives between two layers",
         "bound_bytes": bound,
-        "within_bound": max(ledger) <= bound,
+        "within_bound": max(ledger + copying) <= bound,
         "after_prefill_bytes": held(),
         "dense_bytes": layers * length * each,
     }

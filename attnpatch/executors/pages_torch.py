@@ -13,6 +13,7 @@ from attnpatch.executors import naive
 from attnpatch.executors.blocks import pack, softmax, without_garbage
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype, matmul, operand, rows_per_block
 from attnpatch.executors.lists import one_list, unpack
+from attnpatch.executors.threads import on_all_threads
 
 ROWS = 128
 """Most query rows computed at once; also the block of a call without lists."""
@@ -139,44 +140,65 @@ def _bias(
     return bias.flatten(0, 1)
 
 
-def _gathered(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
-    """CPU: the keys of each list are gathered and attended by all query rows and heads that share it.
+class _Gathering:
+    """A CPU call: the keys of each list are gathered and attended by all query rows and heads that share it.
 
-    A loop over lists, heads too: lists differ in length, and padding them would cost more than the calls.
+    A list after the other, head by head, for lists differ in length and padding them would cost more. The calls are
+    too short for several threads each, so every thread computes lists of its own.
     """
-    (batch, heads, _, dim), kv_heads = q.shape, kv.k.shape[1]
-    stripe = stripe_of(q, kv, selection)
-    lists = _Lists(selection, stripe)
-    # kv heads that share a list, and query heads that share it on each of them
-    spread, group = max(1, kv_heads // lists.heads), heads // max(kv_heads, lists.heads)
-    most = max(1, min(ROWS, selection.bq or ROWS, MAX_BLOCK // (4 * group * stripe.end)))
-    out = q.new_zeros(batch, stripe.rows, heads, dim)
-    lse = q.new_full((batch, heads, stripe.rows), float("-inf"), dtype=compute_dtype(q))
-    fresh = torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad)
-    scratch = q.new_zeros(group, most, stripe.end)
-    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA, which hides the log-sum-exp
-    for which, start, stop in _steps(selection, stripe.rows, most):
-        first, end = stripe.first + start, stripe.first + stop
-        for b, head in ((b, h) for b in range(batch) for h in range(lists.heads)):
-            listed, always = lists.slots(b, head, which, first, end)
-            if not len(listed):
-                continue
-            bias = _bias(scratch.clone() if fresh else scratch, listed, first, stop - start, always, selection.window)
-            at, kv_at = head * spread * group, head * kv_heads // lists.heads
-            mine, kv_mine = slice(at, at + spread * group), slice(kv_at, kv_at + spread)
-            part, logsum = op(
-                q[b, mine, stripe.start + start : stripe.start + stop].reshape(1, spread, -1, dim),
-                kv.k[b, kv_mine].index_select(1, listed)[None],
-                kv.v[b, kv_mine].index_select(1, listed)[None],
-                0.0,
-                False,
-                attn_mask=bias,
-                scale=ctx.scaling,
-            )
-            blind = 0 if selection.window else max(0, int(listed[0]) - first)  # rows before the first slot listed
-            part, logsum = part.reshape(spread * group, -1, dim), logsum.reshape(spread * group, -1)
-            out[b, start + blind : stop, mine] = part[:, blind:].transpose(0, 1)
-            lse[b, mine, start + blind : stop] = logsum[:, blind:]
-            if selection.window and not fresh:
-                scratch[..., stripe.end - len(listed) :] = 0
-    return out, lse if want_lse else None
+
+    def __init__(self, q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> None:
+        (batch, heads, _, dim), kv_heads = q.shape, kv.k.shape[1]
+        self.q, self.kv, self.scaling, self.window = q, kv, ctx.scaling, selection.window
+        self.stripe = stripe_of(q, kv, selection)
+        self.lists = lists = _Lists(selection, self.stripe)
+        # kv heads that share a list, and query heads that share it on each of them
+        self.spread, self.group = max(1, kv_heads // lists.heads), heads // max(kv_heads, lists.heads)
+        self.most = max(1, min(ROWS, selection.bq or ROWS, MAX_BLOCK // (4 * self.group * self.stripe.end)))
+        self.out = q.new_zeros(batch, self.stripe.rows, heads, dim)
+        self.lse = q.new_full((batch, heads, self.stripe.rows), float("-inf"), dtype=compute_dtype(q))
+        self.fresh = torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad)
+        steps = list(_steps(selection, self.stripe.rows, self.most))[::-1]  # the longest first
+        self.todo = iter([(b, h, *step) for step in steps for b in range(batch) for h in range(lists.heads)])
+
+    def work(self) -> None:
+        """Compute lists until none is left. Several threads may do so at once."""
+        scratch = self.q.new_zeros(self.group, self.most, self.stripe.end)
+        for b, head, which, start, stop in self.todo:
+            listed, always = self.lists.slots(b, head, which, self.stripe.first + start, self.stripe.first + stop)
+            if len(listed):
+                self._attend(scratch, b, head, start, stop, listed, always)
+
+    def _attend(
+        self, scratch: torch.Tensor, b: int, head: int, start: int, stop: int, listed: torch.Tensor,
+        always: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        spread, group, kv_heads = self.spread, self.group, self.kv.k.shape[1]
+        first, rows = self.stripe.first + start, slice(self.stripe.start + start, self.stripe.start + stop)
+        bias = _bias(scratch.clone() if self.fresh else scratch, listed, first, stop - start, always, self.window)
+        at, kv_at = head * spread * group, head * kv_heads // self.lists.heads
+        mine, kv_mine = slice(at, at + spread * group), slice(kv_at, kv_at + spread)
+        part, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # SDPA, which hides the log-sum-exp
+            self.q[b, mine, rows].reshape(1, spread, -1, self.q.shape[3]),
+            self.kv.k[b, kv_mine].index_select(1, listed)[None],
+            self.kv.v[b, kv_mine].index_select(1, listed)[None],
+            0.0,
+            False,
+            attn_mask=bias,
+            scale=self.scaling,
+        )
+        blind = 0 if self.window else max(0, int(listed[0]) - first)  # rows before the first slot listed
+        part, logsum = part.reshape(spread * group, -1, part.shape[-1]), logsum.reshape(spread * group, -1)
+        self.out[b, start + blind : stop, mine] = part[:, blind:].transpose(0, 1)
+        self.lse[b, mine, start + blind : stop] = logsum[:, blind:]
+        if self.window and not self.fresh:
+            scratch[..., self.stripe.end - len(listed) :] = 0
+
+
+def _gathered(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
+    call = _Gathering(q, kv, selection, ctx)
+    if call.fresh:  # autograd belongs to one thread
+        call.work()
+    else:
+        on_all_threads(call.work)
+    return call.out, call.lse if want_lse else None

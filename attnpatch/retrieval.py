@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.errors import ConfigError, InputError
@@ -35,6 +36,13 @@ class Sentence:
     end: int
     score: float | None = None
     ids: tuple[int, ...] = field(default=(), repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Chunk(Sentence):
+    """Whole sentences in a row. known: the tokens of those that were encoded while they were counted, by their text."""
+
+    known: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
-def chunks(blocks: Iterable[str], tokenizer: Any, size: int) -> Iterator[tuple[Sentence, int]]:
+def chunks(blocks: Iterable[str], tokenizer: Any, size: int) -> Iterator[tuple[Chunk, int]]:
     """(chunk, its tokens) in reading order: whole sentences, at most `size` tokens counted a sentence at a time.
 
     A line break's tokens are counted between sentences. A longer sentence is cut. Joined, the chunks are the text.
@@ -134,8 +142,9 @@ def chunks(blocks: Iterable[str], tokenizer: Any, size: int) -> Iterator[tuple[S
         yield _chunk(held), total
 
 
-def _chunk(held: list[Sentence]) -> Sentence:
-    return Sentence("".join(s.text for s in held), held[0].start, held[-1].end)
+def _chunk(held: list[Sentence]) -> Chunk:
+    known = {s.text: s.ids for s in held if s.ids}
+    return Chunk("".join(s.text for s in held), held[0].start, held[-1].end, known=known)
 
 
 def _counted(sentences: Iterator[Sentence], tokenizer: Any, size: int) -> Iterator[tuple[Sentence, int]]:
@@ -143,7 +152,7 @@ def _counted(sentences: Iterator[Sentence], tokenizer: Any, size: int) -> Iterat
     while batch := list(islice(sentences, 64)):
         for sentence, ids in zip(batch, encode(tokenizer, [s.text for s in batch]), strict=True):
             if len(ids) <= size:
-                yield sentence, len(ids)
+                yield replace(sentence, ids=tuple(ids)), len(ids)
             else:
                 yield from _cut(sentence, tokenizer, size)
 
@@ -316,7 +325,10 @@ def _score(sentence: Sentence) -> float:
     return math.inf if sentence.score is None else sentence.score
 
 
-def encoded(tokenizer: Any, sentences: Sequence[Sentence]) -> list[Sentence]:
-    """The sentences with their token ids; those that have them are not encoded again."""
-    fresh = iter(encode(tokenizer, [s.text for s in sentences if not s.ids]))
-    return [s if s.ids else replace(s, ids=tuple(next(fresh))) for s in sentences]
+def encoded(
+    tokenizer: Any, sentences: Sequence[Sentence], known: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+) -> list[Sentence]:
+    """The sentences with their token ids; those that have them, or whose text is known, are not encoded again."""
+    found = [s.ids or known.get(s.text, ()) for s in sentences]
+    fresh = iter(encode(tokenizer, [s.text for s, ids in zip(sentences, found, strict=True) if not ids]))
+    return [s if s.ids else replace(s, ids=ids or tuple(next(fresh))) for s, ids in zip(sentences, found, strict=True)]

@@ -11,6 +11,7 @@ from attnpatch.errors import ConfigError, InputError
 from attnpatch.patch import Patch, option, register
 from attnpatch.retrieval import (
     TEMPLATE,
+    Chunk,
     Pass,
     Prompt,
     Sentence,
@@ -96,7 +97,7 @@ class InfiniRetri(Patch):
         prompt = Prompt(tokenizer, self.template or TEMPLATE, question, self.add_prompt, self.faithful)
         least, most = self._limits(handle, prompt)
         reader = _Passes(self, handle, tokenizer, prompt, most, report)
-        waiting: list[Sentence] = []
+        waiting: list[Chunk] = []
         total, end = -reader.gap, 0
         for chunk, count in chunks(blocks, tokenizer, self.window_length):
             waiting.append(chunk)
@@ -172,7 +173,7 @@ class _Passes:
         self.weights: Tensor | None = None  # fp32 [R]
         self.number = 0
 
-    def step(self, chunk: Sentence) -> None:
+    def step(self, chunk: Chunk) -> None:
         """One forward over what is kept and the chunk; what stays of both."""
         sentences, context = self._context(chunk)
         tokens = sum(map(len, context)) + len(self.prompt)
@@ -197,14 +198,14 @@ class _Passes:
         if self.report is not None:
             self.report(Pass(self.number, tokens, chunk.end, tuple(self.kept)))
 
-    def _context(self, chunk: Sentence) -> tuple[list[Sentence], list[tuple[int, ...]]]:
+    def _context(self, chunk: Chunk) -> tuple[list[Sentence], list[tuple[int, ...]]]:
         """The pass's sentences, and the tokens each of them is fed as: the first and last are stripped, then glued."""
         glue = self.prompt.glue
         if self.method.faithful:
             pieces = [replace(s, ids=()) for s in resplit([*self.kept, chunk], glue, 8)]
             sentences = encoded(self.tokenizer, pieces)
             return sentences, [s.ids for s in sentences]
-        new = encoded(self.tokenizer, list(split([chunk.text], 8, chunk.start)))
+        new = encoded(self.tokenizer, list(split([chunk.text], 8, chunk.start)), chunk.known)
         # a few tokens more than alone: the ends are encoded with other blanks
         room = self.window - len(self.prompt) - sum(len(s.ids) for s in new) - 8
         sentences = [*fit(self.kept, room), *new]

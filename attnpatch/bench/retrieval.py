@@ -87,9 +87,9 @@ def measured(run: Callable[[], tuple[str, dict[str, Any]]], clock: Clock, base: 
     }
 
 
-def ours(model: Any, tokenizer: Any, tokens: int, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """One question through `retrieve`, the text as a stream."""
-    found = retrieve(model, tokenizer, document(tokenizer, tokens), QUESTION, **options)
+def ours(model: Any, tokenizer: Any, text: list[str], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """One question through `retrieve`, the text as a stream of pieces."""
+    found = retrieve(model, tokenizer, iter(text), QUESTION, **options)
     return found.answer, {
         "passes": found.passes, "characters": found.characters, "kept_sentences": len(found.sentences),
         "prompt_tokens": found.prompt_tokens, "kept_fact": ANSWER in found.context,
@@ -105,12 +105,14 @@ def package() -> tuple[Any, str]:
     return InfiniRetri, ""
 
 
-def theirs(cls: Any, model: Any, tokenizer: Any, tokens: int, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def theirs(
+    cls: Any, model: Any, tokenizer: Any, text: list[str], options: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
     """The same question and text through the authors' package, one string."""
-    text = "".join(document(tokenizer, tokens)).strip()
+    whole = "".join(text).strip()
     runner = cls(model=model, tokenizer=tokenizer, topk=options["topk"], answer_length=options["answer_length"],
                  window_length=options["window_length"])  # fmt: skip
-    return runner.generate(text, QUESTION, TEMPLATE, max_new_tokens=options["max_new_tokens"]), {}
+    return runner.generate(whole, QUESTION, TEMPLATE, max_new_tokens=options["max_new_tokens"]), {}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -142,17 +144,19 @@ def main(argv: list[str] | None = None) -> None:
         "rows": [],
     }  # fmt: skip
     base = resident("VmRSS")
-    ours(model, tokenizer, 4 * options["window_length"], options)  # warm-up
+    # the text is made before the clock runs
+    ours(model, tokenizer, list(document(tokenizer, 4 * options["window_length"])), options)  # warm-up
     rows = body["rows"]
     for tokens in args.tokens or (QUICK if args.quick else FULL):
         if rows and clock.left() < 0:
             body["stopped"] = f"out of time before {tokens} tokens"
             break
-        rows.append({"tokens": tokens, "ours": measured(partial(ours, model, tokenizer, tokens, options), clock, base)})
+        text = list(document(tokenizer, tokens))
+        rows.append({"tokens": tokens, "ours": measured(partial(ours, model, tokenizer, text, options), clock, base)})
         save(args.out, body, rows[-1])
     for row in rows if cls is not None else ():
         if row["tokens"] <= args.package_tokens and (clock.left() > 0 or row is rows[0]):
-            run = partial(theirs, cls, eager, tokenizer, row["tokens"], options)
+            run = partial(theirs, cls, eager, tokenizer, list(document(tokenizer, row["tokens"])), options)
             row["package"] = measured(run, clock, base)
             save(args.out, body, row)
 

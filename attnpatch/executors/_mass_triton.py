@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors._kth_triton import kth, ordered
 from attnpatch.executors.launching import on
 
 COUNT, WITHIN, BELOW = 0, 1, 2
@@ -20,13 +21,6 @@ REGISTERS = 32768  # longest row that one program holds
 PART = 4096  # least scores of one of a row's programs
 PARTS = 64  # most programs of a row
 LOWEST = -(2**31)
-
-
-@triton.jit
-def _key(x):
-    """int32 in the order of x fp32; both zeros are alike."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -71,13 +65,18 @@ def _short(
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there = i < n
     v = tl.load(x + row * n + i, mask=there, other=float("-inf"))
-    most, key, weight = tl.load(limit + row), _key(v), _weight(v, there, RULE)
+    most, key, weight = tl.load(limit + row), ordered(v), _weight(v, there, RULE)
     edge = tl.full([], LOWEST, tl.int32)
-    for bit in range(0, 32):
-        half = tl.full([], 1, tl.int32) << (31 - bit)
-        over = key > edge + (half - 1)
-        fits = _fits(tl.sum(tl.where(over, weight, 0.0), axis=0), most, RULE)
-        edge += tl.where(fits, 0, half)
+    if RULE == 0:  # the next one after those that fit; none is left out if there is no such
+        wanted = tl.minimum(tl.maximum(most, -1.0), 2.0**30).to(tl.int32) + 1
+        if wanted <= n:
+            edge, _ = kth(key, there, wanted)
+    else:
+        for bit in range(0, 32):
+            half = tl.full([], 1, tl.int32) << (31 - bit)
+            over = key > edge + (half - 1)
+            fits = _fits(tl.sum(tl.where(over, weight, 0.0), axis=0), most, RULE)
+            edge += tl.where(fits, 0, half)
     over, tie = there & (key > edge), there & (key == edge)
     above, equal = tl.sum(over.to(tl.int32), axis=0), tl.sum(tie.to(tl.int32), axis=0)
     take = _ties(edge, tl.sum(tl.where(over, weight, 0.0), axis=0), above, equal, most, RULE)
@@ -122,7 +121,7 @@ def _search(
     for at in range(start, tl.minimum(start + size, n), BLOCK):
         i = at + tl.arange(0, BLOCK)
         v = tl.load(x + row * n + i, mask=i < n, other=float("-inf"))
-        held += tl.where(_key(v)[None, :] > candidate[:, None], _weight(v, i < n, RULE)[None, :], 0.0)
+        held += tl.where(ordered(v)[None, :] > candidate[:, None], _weight(v, i < n, RULE)[None, :], 0.0)
     tl.store(new_sums + (row * PARTS + part) * 16 + digit, tl.sum(held, axis=1))
     tl.store(new_edge + row, low, mask=part == 0)
 
@@ -140,10 +139,10 @@ def _tally(
     for at in range(start, tl.minimum(start + size, n), BLOCK):
         i = at + tl.arange(0, BLOCK)
         v = tl.load(x + row * n + i, mask=i < n, other=float("-inf"))
-        over = (i < n) & (_key(v) > low)
+        over = (i < n) & (ordered(v) > low)
         held += tl.where(over, _weight(v, i < n, RULE), 0.0)
         above += tl.where(over, 1.0, 0.0)
-        equal += tl.where((i < n) & (_key(v) == low), 1.0, 0.0)
+        equal += tl.where((i < n) & (ordered(v) == low), 1.0, 0.0)
     tally += row * 3 * PARTS + part
     tl.store(tally, tl.sum(held, axis=0))
     tl.store(tally + PARTS, tl.sum(above, axis=0))
@@ -171,7 +170,7 @@ def _take(
         for at in range(start, tl.minimum(start + size, n), BLOCK):
             i = at + tl.arange(0, BLOCK)
             v = tl.load(x + row * n + i, mask=i < n, other=float("-inf"))
-            key = _key(v)
+            key = ordered(v)
             tie = (i < n) & (key == low)
             rank = before + tl.cumsum(tie.to(tl.int32), axis=0)
             before += tl.sum(tie.to(tl.int32), axis=0)

@@ -178,7 +178,7 @@ class MInference(Patch):
         self, q: Tensor, kv: KV, ctx: Ctx, sizes: list[Pair], forced: list[Pair]
     ) -> Iterator[Selection]:  # fmt: skip
         from attnpatch.decisions import Selection
-        from attnpatch.executors import lists, selecting
+        from attnpatch.executors import block_lists, lists, selecting
 
         start, end = kv.S - q.shape[2], selecting.lengths(ctx.q_pos)
         columns, distances = self.choose(q, kv, ctx, sizes, forced)
@@ -187,8 +187,7 @@ class MInference(Patch):
         listed = index[..., :most].masked_fill(_arange(most, q) >= count[..., None], -1)  # [B, Hq, C]
         crossed = offsets(distances)
         for rows, first, last in selecting.stripes(start, q.shape[2], BLOCK, q.shape[0] * q.shape[1]):
-            chosen = selecting.offsets_to_pairs(crossed, first, last) & selecting.real_pairs(end, BLOCK, first, last)
-            pages, meant = lists.pack(chosen)
+            pages, meant = block_lists.run(crossed, end, BLOCK, first, last)
             yield Selection(index=pages, count=meant, page=BLOCK, bq=BLOCK, columns=listed, rows=rows)
 
     def choose(

@@ -1,4 +1,4 @@
-"""The kernel of `block_lists`: one program a query block and head writes its list; no map exists. Imported when used."""
+"""The kernel of `block_lists`: one program a query block and head writes its list, no map. Imported when used."""
 
 from __future__ import annotations
 

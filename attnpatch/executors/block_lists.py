@@ -39,7 +39,7 @@ def run(
     columns: torch.Tensor | None = None, pairs: torch.Tensor | None = None, whole: torch.Tensor | None = None,
     _backend: str | None = None,
 ) -> Lists:  # fmt: skip
-    """Lists of the query blocks first .. last - 1: index int32 [B, H, R, last] as of `lists.pack`, count int32 [B, H, R].
+    """Lists of query blocks first .. last - 1, as of `lists.pack`: index int32 [B, H, R, last], count int32 [B, H, R].
 
     Query block i reads key block j <= i where offset i - j is set, or column j, or pair (i - first, j), or where the
     batch row is read whole; a block that begins at or behind the end of its row reads nothing. offsets, columns: bool

@@ -70,7 +70,6 @@ class XAttention(Patch):
 
     def _thresholds(self, q: Tensor, ctx: Ctx) -> Tensor | float:
         """This layer's thresholds: a number, or [Hq, 1]. Raises ConfigError if the table does not fit."""
-        import torch
 
         from attnpatch.executors.column_sums import compute_dtype
 
@@ -84,8 +83,8 @@ class XAttention(Patch):
                 f"{self.name}: the threshold table is {shape[0]} layers x {shape[1]} heads, the model has {wanted[0]} "
                 f"patched layers x {wanted[1]} query heads; give a table of that size, or one number."
             )
-        row = torch.tensor(ctx.shard.part(self.threshold[ctx.layer], q.shape[1]), dtype=compute_dtype(q))
-        return row.to(q.device, non_blocking=True)[:, None]  # a blocking copy would wait for the device
+        row = ctx.shard.part(self.threshold[ctx.layer], q.shape[1])
+        return self.constants.of(row, q.device, compute_dtype(q))[:, None]
 
     def _stripes(self, q: Tensor, kv: KV, ctx: Ctx, threshold: Tensor | float) -> Iterator[Selection]:
         import torch
@@ -129,7 +128,7 @@ class XAttention(Patch):
         at_forced = at_own + mass[..., 0].masked_fill(i[:, 0] == 0, 0.0)
         chosen = lists.top_mass(mass.masked_fill(forced | (j > i), float("-inf")), required, taken=at_forced)
         if self.first_chunk_quirk:
-            chunk = torch.tensor([reference_chunk(n) for n in ctx.prompt_len]).to(mass.device, non_blocking=True)
+            chunk = self.constants.of([reference_chunk(n) for n in ctx.prompt_len], mass.device)
             early = (i * self.block_size < chunk[:, None, None])[:, None]  # [B, 1, R, 1]
             others = mass.masked_fill(j >= i, float("-inf"))
             chosen = torch.where(early, lists.top_mass(others, required, taken=at_own, lag=2), chosen)

@@ -256,7 +256,7 @@ def pick(
     end, chosen = selecting.lengths(q_pos), []
     at = _arange(lines[0].shape[-1], q_pos)
     for which, scores in enumerate(lines):
-        scores = scores.masked_fill(at < given[:, which, None], float("inf"))  # [1, Hq | 1, 1]
+        scores = scores.masked_fill(at < given[:, which, None], float("inf"))  # [B, Hq, S]
         scores = scores.masked_fill((at >= end[:, None])[:, None], float("-inf"))
         k = torch.minimum(wanted[:, which], end[:, None])  # [B, Hq | 1]
         chosen.append(lists.top_k(scores, k, later=which == 0))

@@ -70,7 +70,6 @@ class XAttention(Patch):
 
     def _thresholds(self, q: Tensor, ctx: Ctx) -> Tensor | float:
         """This layer's thresholds: a number, or [Hq, 1]. Raises ConfigError if the table does not fit."""
-
         from attnpatch.executors.column_sums import compute_dtype
 
         if not isinstance(self.threshold, (list, tuple)):

@@ -28,7 +28,8 @@ def test_a_tensor_is_made_once_for_each_device_and_dtype():
     assert known.of([1, 2], torch.device("meta")).device.type == "meta"
     assert known.get("a", CPU, lambda: torch.ones(2)) is known.get("a", CPU, lambda: pytest.fail("made twice"))
     with torch.inference_mode():
-        made = known.of([5.0], CPU)
+        made = known.of([5], CPU, torch.float32)
+    assert made.dtype == torch.float32 and known.of([5], CPU).dtype == torch.int64
     x = torch.ones(1, requires_grad=True)
     (x * made).backward()
     assert x.grad == 5

@@ -25,7 +25,7 @@ class Constants:
     def __reduce__(self) -> tuple[type[Constants], tuple[()]]:
         return Constants, ()
 
-    def of(self, values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def of(self, values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """`torch.tensor(values, dtype=dtype)` on the device; values: numbers, in lists or tuples of equal lengths."""
         return self.get((_frozen(values), dtype), device, lambda: torch.tensor(values, dtype=dtype))
 

@@ -1,8 +1,14 @@
 """Where a sparse prefill starts to pay on this machine: measured once (`attnpatch doctor --calibrate`), kept on disk.
 
-The engine runs a prompt dense that is shorter than the measured length, or whose chosen pages are a larger share than
-the measured one. Without a measurement a method runs where it is asked to. ATTNPATCH_AUTO_DENSE=0 switches this off;
-ATTNPATCH_CACHE names the folder of the file (default: attnpatch in XDG_CACHE_HOME or ~/.cache).
+The engine runs a prompt dense that is shorter than the measured length, or whose chosen pages (and columns beside them)
+are a larger share than the measured one. Without a measurement a method runs where it is asked to.
+
+The length is enough for the methods whose share their settings bound, whatever the prompt (hip reads `mask_k` keys,
+sink and window, hyperattention its blocks and samples: a share that falls with the length). It is all that can be had
+for those that add terms up, of which one decides the next (sale): when the share is known, the work is done.
+
+ATTNPATCH_AUTO_DENSE=0 switches all of this off; ATTNPATCH_CACHE names the folder of the file (default: attnpatch in
+XDG_CACHE_HOME or ~/.cache).
 """
 
 from __future__ import annotations
@@ -28,8 +34,15 @@ class Limits(NamedTuple):
     """What was measured for one method."""
 
     tokens: int  # keys from which choosing and computing take no longer than dense attention
-    share: float  # share of the causal pages from which computing them takes longer than dense; 1 = not by pages
+    share: float  # share of the causal pages from which computing them takes longer than dense; 1 = not asked for
     paid: bool = True  # False: at no measured length; `tokens` is then the longest one plus 1, and longer is unknown
+    besides: float = (
+        0.0  # keys a query whose cost the lists have besides: at S keys, besides / S of the share is theirs
+    )
+
+    def most(self, keys: int) -> float:
+        """The share that pays at so many keys."""
+        return max(0.0, self.share - self.besides / keys)
 
 
 def path() -> Path:
@@ -89,9 +102,9 @@ def load() -> dict[str, dict[str, Limits]]:
 
 def _limits(x: dict[str, Any]) -> Limits:
     """One method's entry. Raises as a malformed one does."""
-    found = Limits(int(x["tokens"]), float(x["share"]), bool(x.get("paid", True)))
-    if found.tokens < 0 or not 0 <= found.share <= 1:  # NaN is in no range
-        raise ValueError(f"tokens {found.tokens}, share {found.share}")
+    found = Limits(int(x["tokens"]), float(x["share"]), bool(x.get("paid", True)), float(x.get("besides", 0)))
+    if found.tokens < 0 or not 0 <= found.share <= 1 or not 0 <= found.besides < float("inf"):  # NaN is in no range
+        raise ValueError(f"tokens {found.tokens}, share {found.share}, besides {found.besides}")
     return found
 
 

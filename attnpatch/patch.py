@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -14,6 +14,7 @@ from attnpatch.errors import ConfigError, UnsupportedModeError, did_you_mean
 if TYPE_CHECKING:
     from attnpatch.decisions import ColumnReweight, KeepSet
     from attnpatch.engine.call import KV, Ctx
+    from attnpatch.executors.constants import Constants
 
 P = TypeVar("P", bound="type[Patch]")
 _REGISTRY: dict[str, type[Patch]] = {}
@@ -142,6 +143,13 @@ class Patch:
         def observe(self, q: Any, kv: KV, ctx: Ctx) -> None: ...
 
         def prepare(self, model: Any, input_ids: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]: ...
+
+    @cached_property
+    def constants(self) -> Constants:
+        """Tables of this method's settings, and of prompt lengths, on the devices where it runs; no setting itself."""
+        from attnpatch.executors.constants import Constants
+
+        return Constants()
 
     def hyperparameters(self) -> dict[str, Any]:
         """Field name -> value, budgets as text."""

@@ -85,18 +85,18 @@ class FlexPrefill(Patch):
 
     def _stripes(self, q: Tensor, kv: KV, ctx: Ctx) -> Iterator[Selection]:
         from attnpatch.decisions import Selection
-        from attnpatch.executors import lists, selecting
+        from attnpatch.executors import block_lists, selecting
 
         size, start = self.block_size, kv.S - q.shape[2]
         end = selecting.lengths(ctx.q_pos)
         choice = self.choose(q, kv, ctx)
-        short = (end <= self.dense_up_to)[:, None, None, None]
+        short = end <= self.dense_up_to if ctx.ragged else None
         for rows, first, last in selecting.stripes(start, q.shape[2], size, q.shape[0] * q.shape[1]):
-            chosen = selecting.offsets_to_pairs(choice.offsets, first, last) | choice.columns[:, :, None, :last]
-            if choice.pairs is not None:
-                chosen |= choice.pairs[:, :, first - start // size : last - start // size, :last]
-            chosen = (chosen | short) & selecting.real_pairs(end, size, first, last)
-            index, count = lists.pack(chosen)
+            part = slice(first - start // size, last - start // size)
+            pairs = None if choice.pairs is None else choice.pairs[:, :, part]
+            index, count = block_lists.run(
+                choice.offsets, end, size, first, last, columns=choice.columns, pairs=pairs, whole=short
+            )
             yield Selection(index=index, count=count, page=size, bq=size, rows=rows)
 
     def choose(self, q: Tensor, kv: KV, ctx: Ctx) -> Choice:

@@ -153,7 +153,7 @@ class HyperAttention(Patch):
         low = [
             [next(a for a, b in reversed(row) if a <= i * page) // page for i in range(first, last)] for row in leaves
         ]
-        lowest = torch.tensor(low).to(q.device, non_blocking=True)[:, None, :, None]  # [B, 1, R, 1]
+        lowest = self.constants.of(low, q.device)[:, None, :, None]  # [B, 1, R, 1]
         at = torch.arange(last, device=q.device)
         chosen = selecting.real_pairs(selecting.lengths(ctx.q_pos), page, first, last) & (at >= lowest)
         widest = max(i + 1 - a for row in low for i, a in zip(range(first, last), row, strict=True))
@@ -171,7 +171,7 @@ class HyperAttention(Patch):
             parts = [(max(a, start), min(b, kv.S), a) for a, b in row]
             found.append([(i, min(i + ROWS, b), a) for s, b, a in parts for i in range(s, b, ROWS)])
         most = max(len(row) for row in found)
-        table = torch.tensor([row + [(0, 0, 0)] * (most - len(row)) for row in found]).to(q.device, non_blocking=True)
+        table = self.constants.of([row + [(0, 0, 0)] * (most - len(row)) for row in found], q.device)
         first, end, low = (x[:, None, :, None] for x in table.unbind(-1))  # [B, 1, R, 1]
         at = first + torch.arange(ROWS, device=q.device)
         groups = torch.where(at < end, at - start, -1).to(torch.int32)
@@ -184,12 +184,16 @@ class HyperAttention(Patch):
 
         from attnpatch.executors.column_sums import compute_dtype
 
-        made = torch.Generator().manual_seed(self.seed * 1_000_003 + ctx.index * 8191 + ctx.layer)
-        dtype = compute_dtype(x)
-        lines = torch.randn(x.shape[-1], self.lsh_num_projs, generator=made).to(x.device, dtype, non_blocking=True)
+        dtype, dim, projections = compute_dtype(x), x.shape[-1], self.lsh_num_projs
+        seed = self.seed * 1_000_003 + ctx.index * 8191 + ctx.layer
+
+        def drawn() -> Tensor:
+            return torch.randn(dim, projections, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+        lines = self.constants.get(("lines", seed, dim, projections, dtype), x.device, drawn)
         bits = (x.to(dtype) @ lines > 0).long()
         hashed = (bits << torch.arange(self.lsh_num_projs, device=x.device)).sum(-1)
-        return torch.tensor(buckets(self.lsh_num_projs, self.strict)).to(x.device, non_blocking=True)[hashed]
+        return self.constants.of(buckets(projections, self.strict), x.device)[hashed]
 
     def _crosses(self, q: Tensor, kv: KV, ctx: Ctx, trees: list[list[int]], depth: int) -> list[list[Cross]]:
         """Of each batch row, the nodes of `depth` that some row has queries for."""
@@ -223,7 +227,7 @@ class HyperAttention(Patch):
         ]
         most, rows = max(map(max, blocks)), max(map(max, share))
         table = [[(*c, n, s) for c, n, s in zip(*x, strict=True)] for x in zip(found, blocks, share, strict=True)]
-        numbers = torch.tensor(table).to(q.device, non_blocking=True)  # [B, J, 7]
+        numbers = self.constants.of(table, q.device)  # [B, J, 7]
         node, first, queries, key, keys, count, own = (x[:, None, :, None, None] for x in numbers.unbind(-1))
         block = torch.arange(most, device=q.device)[:, None]  # [I, 1]
         entry = torch.arange(rows, device=q.device)

@@ -178,7 +178,7 @@ class MInference(Patch):
         self, q: Tensor, kv: KV, ctx: Ctx, sizes: list[Pair], forced: list[Pair]
     ) -> Iterator[Selection]:  # fmt: skip
         from attnpatch.decisions import Selection
-        from attnpatch.executors import lists, selecting
+        from attnpatch.executors import block_lists, lists, selecting
 
         start, end = kv.S - q.shape[2], selecting.lengths(ctx.q_pos)
         columns, distances = self.choose(q, kv, ctx, sizes, forced)
@@ -187,15 +187,15 @@ class MInference(Patch):
         listed = index[..., :most].masked_fill(_arange(most, q) >= count[..., None], -1)  # [B, Hq, C]
         crossed = offsets(distances)
         for rows, first, last in selecting.stripes(start, q.shape[2], BLOCK, q.shape[0] * q.shape[1]):
-            chosen = selecting.offsets_to_pairs(crossed, first, last) & selecting.real_pairs(end, BLOCK, first, last)
-            pages, meant = lists.pack(chosen)
+            pages, meant = block_lists.run(crossed, end, BLOCK, first, last)
             yield Selection(index=pages, count=meant, page=BLOCK, bq=BLOCK, columns=listed, rows=rows)
 
     def choose(
         self, q: Tensor, kv: KV, ctx: Ctx, sizes: list[Pair], forced: list[Pair] | None = None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The columns and distances of each head, both bool [B, Hq, S] (spec P1, steps 1-4)."""
-        return pick(self.lines(q, kv, ctx), ctx.q_pos, sizes, forced or [(FIRST, NEAR)])
+        wanted, given = (self.constants.of(x, q.device) for x in (sizes, forced or [(FIRST, NEAR)]))
+        return pick(self.lines(q, kv, ctx), ctx.q_pos, wanted, given)
 
     def lines(self, q: Tensor, kv: KV, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """Mass per column and per distance of the last queries, both fp32 [B, Hq, S]."""
@@ -215,7 +215,7 @@ class MInference(Patch):
         cut = min(kv.S, max(start, (min(ctx.prompt_len) - self.tail) // BLOCK * BLOCK))
         if cut > start:
             yield Selection(sink=self.sink, window=self.window, rows=slice(0, cut - start))
-        late = torch.tensor([n - self.tail for n in ctx.prompt_len]).to(q.device, non_blocking=True)[:, None]
+        late = self.constants.of([n - self.tail for n in ctx.prompt_len], q.device)[:, None]
         for rows, first, last in selecting.stripes(cut, kv.S - cut, BLOCK, q.shape[0]):
             block = first + _arange(last - first, q)
             dense = ((block + 1) * BLOCK > late) & (block * BLOCK < end[:, None])  # [B, R]
@@ -243,24 +243,22 @@ class MInference(Patch):
 
 
 def pick(
-    lines: tuple[Tensor, Tensor], q_pos: Tensor, sizes: list[Pair], forced: list[Pair]
+    lines: tuple[Tensor, Tensor], q_pos: Tensor, wanted: Tensor, given: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The best of lines (2 x fp32 [B, Hq, S]) by sizes, the first `forced` of each among them: 2 x bool [B, Hq, S].
+    """The best `wanted` of lines (2 x fp32 [B, Hq, S]), the first `given` among them: 2 x bool [B, Hq, S].
 
-    sizes, forced: (columns, distances) of each query head, or one for all. Ties: the later column, the nearer distance.
+    wanted, given: int [Hq | 1, 2] columns and distances of each query head. Ties: the later column, nearer distance.
     """
     import torch
 
     from attnpatch.executors import lists, selecting
 
     end, chosen = selecting.lengths(q_pos), []
-    # a blocking copy would wait for the device
-    wanted, given = (torch.tensor(x).to(q_pos.device, non_blocking=True)[None] for x in (sizes, forced))
     at = _arange(lines[0].shape[-1], q_pos)
     for which, scores in enumerate(lines):
-        scores = scores.masked_fill(at < given[..., which, None], float("inf"))  # [1, Hq | 1, 1]
+        scores = scores.masked_fill(at < given[:, which, None], float("inf"))  # [B, Hq, S]
         scores = scores.masked_fill((at >= end[:, None])[:, None], float("-inf"))
-        k = torch.minimum(wanted[..., which], end[:, None])  # [B, Hq | 1]
+        k = torch.minimum(wanted[:, which], end[:, None])  # [B, Hq | 1]
         chosen.append(lists.top_k(scores, k, later=which == 0))
     return chosen[0], chosen[1]
 

@@ -95,8 +95,7 @@ class SALE(Patch):
                 f"{self.name}: the tau table is {len(table)} layers x {len(table[0])} heads, the model has "
                 f"{ctx.n_layers} patched layers x {heads} query heads; give a table of that size, or one number."
             )
-        row = torch.tensor(ctx.shard.part(table[ctx.layer], q.shape[1]), dtype=torch.float32)
-        return row.to(q.device, non_blocking=True)[:, None]  # a blocking copy would wait for the device
+        return self.constants.of(ctx.shard.part(table[ctx.layer], q.shape[1]), q.device, torch.float32)[:, None]
 
     def _between(self, block: Any) -> Any:
         """First local page of query block `block` (int or int tensor): pages 1 .. this - 1 are estimated."""

@@ -70,8 +70,6 @@ class XAttention(Patch):
 
     def _thresholds(self, q: Tensor, ctx: Ctx) -> Tensor | float:
         """This layer's thresholds: a number, or [Hq, 1]. Raises ConfigError if the table does not fit."""
-        import torch
-
         from attnpatch.executors.column_sums import compute_dtype
 
         if not isinstance(self.threshold, (list, tuple)):
@@ -84,12 +82,14 @@ class XAttention(Patch):
                 f"{self.name}: the threshold table is {shape[0]} layers x {shape[1]} heads, the model has {wanted[0]} "
                 f"patched layers x {wanted[1]} query heads; give a table of that size, or one number."
             )
-        row = torch.tensor(ctx.shard.part(self.threshold[ctx.layer], q.shape[1]), dtype=compute_dtype(q))
-        return row.to(q.device, non_blocking=True)[:, None]  # a blocking copy would wait for the device
+        row = ctx.shard.part(self.threshold[ctx.layer], q.shape[1])
+        return self.constants.of(row, q.device, compute_dtype(q))[:, None]
 
     def _stripes(self, q: Tensor, kv: KV, ctx: Ctx, threshold: Tensor | float) -> Iterator[Selection]:
+        import torch
+
         from attnpatch.decisions import Selection
-        from attnpatch.executors import antidiagonal, lists, selecting
+        from attnpatch.executors import antidiagonal, block_lists, selecting
 
         size, start = self.block_size, kv.S - q.shape[2]
         end = selecting.lengths(ctx.q_pos)
@@ -101,12 +101,16 @@ class XAttention(Patch):
             mass = antidiagonal.run(
                 part, keys, start=at, end=end, block=size, stride=self.stride, scaling=ctx.scaling
             )  # [B, Hq, R, W]
-            chosen = self._chosen(mass, first, threshold, ctx) & selecting.real_pairs(end, size, first, last)
-            index, count = lists.pack(chosen)
+            chosen = self._chosen(mass, first, threshold, ctx)
+            # besides what was chosen, the first block and the row's own
+            zero = (torch.arange(last, device=q.device) == 0).expand(1, 1, -1)
+            index, count = block_lists.run(zero, end, size, first, last, columns=zero, pairs=chosen)
             yield Selection(index=index, count=count, page=size, bq=size, rows=rows)
 
     def _chosen(self, mass: Tensor, first: int, threshold: Tensor | float, ctx: Ctx) -> Tensor:
-        """bool [B, Hq, R, W] from the estimated mass; blocks above the diagonal may be among them (spec step 5).
+        """bool [B, Hq, R, W] from the estimated mass, besides the first block and the row's own (spec step 5).
+
+        Blocks above the diagonal may be among them.
 
         The reference sums in float64. Sums in the mass's own float32 move the share at which a row stops by some 1e-6
         of it, as the order of sums in the estimate itself does.
@@ -121,10 +125,10 @@ class XAttention(Patch):
         required = mass.sum(-1) * threshold  # [B, Hq, R]
         at_own = mass.diagonal(first, 2, 3)  # [B, Hq, R]
         at_forced = at_own + mass[..., 0].masked_fill(i[:, 0] == 0, 0.0)
-        chosen = lists.top_mass(mass.masked_fill(forced | (j > i), float("-inf")), required, taken=at_forced) | forced
+        chosen = lists.top_mass(mass.masked_fill(forced | (j > i), float("-inf")), required, taken=at_forced)
         if self.first_chunk_quirk:
-            chunk = torch.tensor([reference_chunk(n) for n in ctx.prompt_len]).to(mass.device, non_blocking=True)
+            chunk = self.constants.of([reference_chunk(n) for n in ctx.prompt_len], mass.device)
             early = (i * self.block_size < chunk[:, None, None])[:, None]  # [B, 1, R, 1]
             others = mass.masked_fill(j >= i, float("-inf"))
-            chosen = torch.where(early, lists.top_mass(others, required, taken=at_own, lag=2) | forced, chosen)
+            chosen = torch.where(early, lists.top_mass(others, required, taken=at_own, lag=2), chosen)
         return chosen

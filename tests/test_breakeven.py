@@ -54,14 +54,6 @@ def test_dense_choices_run_dense():
     assert found.startswith("dense: ") and found.endswith("of the pages chosen, more than the 20% that pay here")
 
 
-def test_the_share_of_terms():
-    index = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
-    first = Selection(index=index[:, :, :1], page=4, bq=4, rows=slice(0, 4))
-    both = [first, Selection(index=index[:, :, :1], page=4, bq=4, rows=slice(4, 8))]
-    assert lists.share(both, 8, 8) == pytest.approx((10 + 16) / 36)  # page 0: a triangle, then four full rows
-    assert lists.share([first, Selection(columns=index[0])], 8, 8) is None
-
-
 def test_status_tells_the_time_of_choosing_and_computing():
     with patched(tiny("llama"), "flexprefill", **HERE) as model, torch.no_grad():
         cache = PatchCache(model)
@@ -89,6 +81,7 @@ def test_the_file():
     breakeven.save("two", {"hip": Limits(7, 0.25)})
     assert breakeven.load() == {"one": {"hip": Limits(5, 0.5)}, "two": {"hip": Limits(7, 0.25)}}
     wrong = [{"tokens": "many", "share": 1}, {"tokens": -1, "share": 1}, {"tokens": 1, "share": float("nan")}, {}, 7]
+    wrong.append({"tokens": 1, "share": 1, "besides": -1})
     for text in ("{", "[]", "", *(json.dumps({"one": {"hip": x}}) for x in wrong)):
         file.write_text(text)
         with pytest.raises(ConfigError, match="delete it, or measure again: attnpatch doctor --calibrate"):
@@ -153,14 +146,38 @@ def test_steps_leave_what_is_said_of_the_prompt():
 def test_limits_from_times():
     assert measuring.token_limit({4: 2.0, 8: 0.9, 16: 1.1, 32: 0.5}) == 32
     assert measuring.token_limit({4: 0.9, 8: 0.8}) == 4 and measuring.token_limit({4: 2.0, 8: 1.5}) == 9
-    assert measuring.share_limit({"0.25": 1.0, "0.5": 2.0, "0.75": 3.0}, 2.4) == pytest.approx(0.6)
-    assert measuring.share_limit({"0.25": 1.0, "0.5": 2.0, "0.75": 3.0}, 9.0) == 1.0
-    assert measuring.share_limit({"0.25": 3.0, "0.75": 2.0}, 1.0) == 0.0
+    assert measuring.share_limit({0.25: 1.0, 0.5: 2.0, 0.75: 3.0}, 2.4) == pytest.approx(0.6)
+    assert measuring.share_limit({0.25: 1.0, 0.5: 2.0, 0.75: 3.0}, 0.0) == pytest.approx(0.0)
+    assert measuring.share_limit({0.25: 1.0, 0.5: 2.0, 0.75: 3.0}, 9.0) > 1
+    assert measuring.share_limit({0.25: 3.0, 0.75: 2.0}, 1.0) == 0.0
+    assert measuring.long_limit({512: 0.4}) == (0.4, 0.0) and measuring.long_limit({512: -0.4}) == (0.0, 0.0)
+    assert measuring.long_limit({256: 0.5, 512: 0.4}) == (0.4, 0.0), "noise: the lower one"
+    assert measuring.long_limit({128: 9.0, 1000: 0.4, 2000: 0.6}) == pytest.approx((0.8, 400.0))
+    assert measuring.long_limit({1000: 0.9, 2000: 1.1}) == pytest.approx((1.0, 400.0))
+    limits = Limits(1, 0.8, True, 400.0)
+    assert limits.most(1000) == pytest.approx(0.4) and limits.most(100) == 0.0
 
 
-def test_measure():
-    found = measuring.measure(CPU, torch.float32, ("flexprefill", "hip"), (256, 512), repeats=1)
-    assert set(found) == {"flexprefill", "hip"} and all(0 <= x.share <= 1 for x in found.values())
+def test_what_lists_consist_of():
+    index = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
+    pages = Selection(index=index, page=64, bq=64)
+    assert measuring.kind([pages], 128) == (64, 0) and measuring.kind([], 128) is None
+    beside = Selection(index=index, page=64, bq=64, columns=index[0].expand(1, 2, 7))
+    assert measuring.kind([beside, beside], 128) == (64, 7)
+    fine, near = Selection(index=index, page=2, bq=64), Selection(index=index, page=64, bq=64, window=9)
+    assert all(measuring.kind([pages, other], 128) is None for other in (fine, near, Selection()))
+    q = torch.zeros(1, 2, 600, 8)
+    for made in (measuring.Kind(64), measuring.Kind(64, 30), measuring.Kind(64, 9999)):
+        found = measuring.random_lists(q, 0.25, made)
+        assert measuring.kind(found, 600) == (64, min(made.columns, 600))
+        assert 0.3 < lists.share(found, 600, 600) < (0.5 if made.columns < 600 else 1.0)
+
+
+def test_measure(monkeypatch):
+    methods = {"flexprefill", "hip", "minference"}
+    monkeypatch.setitem(measuring.METHODS, "minference", {"vertical": 30, "slash": 100})
+    found = measuring.measure(CPU, torch.float32, tuple(methods), (256, 512), repeats=1)
+    assert set(found) == methods and all(0 <= x.share <= 1 and x.besides >= 0 for x in found.values())
     assert found["hip"].share == 1.0 and all(x.paid == (x.tokens <= 512) for x in found.values())
     assert all(x.tokens in (256, 512, 513) for x in found.values())
 
@@ -172,7 +189,15 @@ def test_doctor(monkeypatch):
     shown = run.invoke(app, ["doctor", "--calibrate"]).stdout
     assert "written to" in shown and "hip          from 4096 tokens, up to 75% of the pages" in shown
     data = json.loads(run.invoke(app, ["doctor", "--json"]).stdout)
-    assert data["breakeven"]["methods"] == {"hip": {"tokens": 4096, "share": 0.75, "paid": True}}
+    assert data["breakeven"]["methods"] == {"hip": {"tokens": 4096, "share": 0.75, "paid": True, "besides": 0.0}}
+    for limits, said in (
+        (Limits(9, 1.0), "from 9 tokens; else it runs dense"),
+        (Limits(9, 0.8, True, 400.0), "from 9 tokens, up to 80% of the pages less 400 / tokens; else it runs dense"),
+        (Limits(9, 1.0, False), "at no measured length; runs dense below 9 tokens\n"),
+        (Limits(9, 0.8, False), "runs dense below 9 tokens, from there up to 80% of the pages\n"),
+    ):
+        breakeven.save(breakeven.machine(CPU, torch.float32), {"hip": limits})
+        assert said in run.invoke(app, ["doctor"]).stdout
     breakeven.path().write_text("{")
     broken = run.invoke(app, ["doctor"])
     assert broken.exit_code == 1 and "problem: " in broken.stdout and "--calibrate" in broken.stdout

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_pages import DTYPES, choice, every, problem
+from test_pages import DTYPES, choice, problem
 
-from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, InputError, VersionError
 from attnpatch.executors import dense, lists, naive, pages, row_lists
 
@@ -156,16 +155,3 @@ def test_top_k_and_top_mass_by_head():
         assert torch.equal(lists.top_mass(scores, mass)[b, h], lists.top_mass(scores[b, h], mass[b, h]))
     future = scores.masked_fill(torch.arange(17) > 2, float("-inf"))
     assert (lists.top_k(future, 9).sum(-1) == 3).all()
-
-
-@pytest.mark.parametrize("beside", [{}, {"sink": 4, "window": 30}], ids=["pages", "beside"])
-@pytest.mark.parametrize("rows", [None, slice(20, 150)], ids=str)
-def test_density(rows, beside, monkeypatch):
-    q, kv, ctx = problem(180, 290, batch=2)
-    for page, bq in ((16, 32), (64, 48)):
-        selection = choice(q, kv, page=page, bq=bq, rows=rows, heads=2, **beside)
-        for part in (selection, every(selection)):
-            share = lists.density(part, 180, 290)
-            assert share.dtype == torch.float32 and share.shape == (2, 2)
-            torch.testing.assert_close(share, naive.density(part, kv, ctx.q_pos, 2))
-    assert lists.density(Selection(window=400), 180, 290) == 1

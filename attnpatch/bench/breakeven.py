@@ -1,14 +1,15 @@
 """Measure from which length and up to which density each sparse prefill pays here: `attnpatch doctor --calibrate`.
 
 One layer's attention of a whole prompt on the structured input of `bench.prefill`, choosing and computing, against the
-fastest dense backend; and lists of random pages of several densities, computing alone. Some seconds on a GPU.
+fastest dense backend; and lists of random pages of several densities, computing alone, with as many columns beside
+them as the method lists (minference). Some seconds on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,34 +19,64 @@ from attnpatch.bench.prefill import HEADS, METHODS, computed, problem, terms
 from attnpatch.breakeven import Limits
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
-from attnpatch.executors import dense, lists, pages, selecting
+from attnpatch.executors import dense, dispatch, lists, pages, selecting
 
 LENGTHS = {"cuda": (4096, 8192, 16384, 32768), "cpu": (2048, 4096, 8192)}
 SHARES = (0.25, 0.5, 0.75)
-PAGE = 128
 
 
-def random_pages(q: torch.Tensor, share: float) -> list[Selection]:
-    """Terms of causal lists of random pages, about `share` of them, the diagonal among them."""
+class Kind(NamedTuple):
+    """What the cost of lists depends on besides their share; what a share is measured for."""
+
+    page: int
+    columns: int = 0
+
+
+def kind(selected: list[Selection], rows: int) -> Kind | None:
+    """What terms over `rows` queries consist of; None where nothing but the length says whether they pay."""
+    if not selected or any(
+        term.index is None or term.sink or term.window or dispatch.executor(term, rows) != "pages" for term in selected
+    ):
+        return None
+    columns = selected[0].columns
+    return Kind(selected[0].page, 0 if columns is None else columns.shape[-1])
+
+
+def random_lists(q: torch.Tensor, share: float, made: Kind) -> list[Selection]:
+    """Terms of causal lists of random pages, about `share` of them, the diagonal among them, and of random columns."""
     (batch, heads, length, _), generator = q.shape, torch.Generator(q.device).manual_seed(0)
-    found = []
-    for rows, first, last in selecting.stripes(0, length, PAGE, batch * heads):
+    page, found, columns = made.page, [], None
+    if made.columns:
+        drawn = torch.rand(batch, heads, length, device=q.device, generator=generator)
+        columns = lists.best(drawn, min(made.columns, length)).to(torch.int32)
+    for rows, first, last in selecting.stripes(0, length, page, batch * heads):
         own = torch.arange(first, last, device=q.device)[:, None]
-        page = torch.arange(last, device=q.device)
+        at = torch.arange(last, device=q.device)
         map_ = torch.rand(batch, heads, last - first, last, device=q.device, generator=generator) < share
-        index, count = lists.pack((map_ & (page <= own)) | (page == own))
-        found.append(Selection(index=index, count=count, page=PAGE, bq=PAGE, rows=rows))
+        index, count = lists.pack((map_ & (at <= own)) | (at == own))
+        found.append(Selection(index=index, count=count, page=page, bq=page, columns=columns, rows=rows))
     return found
 
 
-def share_limit(times: dict[str, float], dense_ms: float) -> float:
-    """The share at which a line through the times by share (least squares) meets the dense time; 0 to 1."""
-    x, y = [float(s) for s in times], list(times.values())
+def share_limit(times: dict[float, float], dense_ms: float) -> float:
+    """The share at which a line through the times by share (least squares) meets the dense time; may be below 0."""
+    x, y = list(times), list(times.values())
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
     if slope <= 0:  # noise: the times do not grow with the share
         return 1.0 if mean_y < dense_ms else 0.0
-    return min(1.0, max(0.0, mean_x + (dense_ms - mean_y) / slope))
+    return mean_x + (dense_ms - mean_y) / slope
+
+
+def long_limit(found: dict[int, float]) -> tuple[float, float]:
+    """`share` and `besides` of Limits from the share limits by length, through the two longest."""
+    *shorter, longest = sorted(found)
+    if not shorter or found[shorter[-1]] >= found[longest]:  # the lower one: nothing says that it grows
+        return min(1.0, max(0.0, min(found[n] for n in [*shorter[-1:], longest]))), 0.0
+    near = shorter[-1]
+    besides = (found[longest] - found[near]) / (1 / near - 1 / longest)
+    share = found[longest] + besides / longest
+    return min(1.0, max(0.0, share)), max(0.0, besides)
 
 
 def token_limit(over: dict[int, float]) -> int:
@@ -68,28 +99,37 @@ def measure(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Limits]:
     """Limits of each method. A length at which no measured one paid is the longest plus one."""
-    lengths = lengths or LENGTHS.get(device.type, LENGTHS["cpu"])
+    lengths = tuple(sorted(lengths or LENGTHS.get(device.type, LENGTHS["cpu"])))
+    patches = {name: resolve(name, **METHODS[name])[0] for name in methods}
     over: dict[str, dict[int, float]] = {name: {} for name in methods}
-    clock, share, by_pages = Clock(device, 600), 1.0, set()
-    for length in sorted(lengths):
+    kinds: dict[str, Kind | None] = {}
+    shares: dict[Kind, dict[int, float]] = {}
+    clock = Clock(device, 600)
+    for length in lengths:
         q, kv, ctx = problem(length, HEADS.get(device.type, HEADS["cpu"]), device, dtype)
         runs: dict[str, Callable[[], Any]] = {"dense": partial(dense.run, q, kv, Selection(), ctx)}
-        runs |= {n: partial(computed, resolve(n, **METHODS[n])[0], q, kv, ctx) for n in methods}
-        if length == max(lengths):
-            made = {str(s): random_pages(q, s) for s in SHARES}
-            runs |= {s: partial(_all, q, kv, ctx, selections) for s, selections in made.items()}
+        runs |= {name: partial(computed, patch, q, kv, ctx) for name, patch in patches.items()}
+        by_share: dict[Kind, dict[str, float]] = {}
+        if length in lengths[-2:]:
+            kinds = {name: kind(terms(patch, q, kv, ctx), length) for name, patch in patches.items()}
+            for each in {k for k in kinds.values() if k is not None}:
+                made = {f"{each} {s}": random_lists(q, s, each) for s in SHARES}
+                runs |= {key: partial(_all, q, kv, ctx, selections) for key, selections in made.items()}
+                by_share[each] = {key: lists.share(x, length, length) or 0.0 for key, x in made.items()}
         times = {n: t["median_ms"] for n, t in interleave(runs, repeats, clock).items()}
         for name in methods:
             over[name][length] = times[name] / times["dense"]
+        for each, named in by_share.items():
+            limit = share_limit({share: times[key] for key, share in named.items()}, times["dense"])
+            shares.setdefault(each, {})[length] = limit
         say(f"{length:>7} tokens: " + ", ".join(f"{n} {over[n][length]:.2f}x" for n in methods) + " of dense")
-        if length == max(lengths):
-            share = share_limit({str(s): times[str(s)] for s in SHARES}, times["dense"])
-            chosen = {n: terms(resolve(n, **METHODS[n])[0], q, kv, ctx) for n in methods}
-            by_pages = {n for n, found in chosen.items() if found and lists.share(found, length, length)}
-    return {
-        name: Limits(token_limit(over[name]), round(share, 3) if name in by_pages else 1.0, over[name][length] <= 1)
-        for name in methods
-    }
+    found = {}
+    for name, one in kinds.items():
+        share, besides = (1.0, 0.0) if one is None else long_limit(shares[one])
+        found[name] = Limits(
+            token_limit(over[name]), round(share, 3), over[name][lengths[-1]] <= 1, round(besides, 1)
+        )  # fmt: skip
+    return found
 
 
 def _all(q: torch.Tensor, kv: KV, ctx: Ctx, selections: list[Selection]) -> list[torch.Tensor]:

@@ -151,11 +151,13 @@ def _print(data: dict[str, Any]) -> None:
     measured = data["breakeven"].get("methods", {})
     typer.echo("\nsparse prefill pays here:" if measured else "\nsparse prefill: not measured here (--calibrate)")
     for name, row in measured.items():
-        if not row["paid"]:
-            typer.echo(f"  {name:<12} at no measured length; runs dense below {row['tokens']} tokens")
-            continue
-        share = f", up to {row['share']:.0%} of the pages" if row["share"] < 1 else ""
-        typer.echo(f"  {name:<12} from {row['tokens']} tokens{share}; else it runs dense")
+        share = f"up to {row['share']:.0%} of the pages" if row["share"] < 1 or row["besides"] else ""
+        share += f" less {row['besides']:.0f} / tokens" if row["besides"] else ""
+        if row["paid"]:
+            typer.echo(f"  {name:<12} from {row['tokens']} tokens{share and ', '}{share}; else it runs dense")
+        else:
+            below = f"at no measured length; runs dense below {row['tokens']} tokens"
+            typer.echo(f"  {name:<12} {below}{share and ', from there '}{share}")
     for problem in data["problems"]:
         typer.echo(f"problem: {problem}")
     if not data["problems"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 DENSE = Selection()
+HELD = 2**30  # bytes of lists that may wait until the share of the whole prompt is known
 
 
 @torch.compiler.disable  # a graph break inside would turn a generator into the tuple of what it yields unanswered
@@ -45,12 +46,10 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         if step:
             layer.tally.close(kv, ctx, whole=True)
         return dispatch.run(q, kv, DENSE, ctx, lse)
-    if limits is not None and not patch.merges:
-        decision = list(decision) if isinstance(decision, Generator) else [decision]
-        # waits for the device: once a layer, in prefill
-        share = lists.share(decision, q.shape[2], kv.S, ctx.q_pos if ctx.ragged else None)
-        if share is not None and share > limits.share:
-            layer.note = f"dense: {share:.0%} of the pages chosen, more than the {limits.share:.0%} that pay here"
+    if limits is not None and (most := limits.most(kv.S)) < 1 and not patch.merges:
+        decision, share = _told(patch, decision, q, kv, ctx)
+        if share is not None and share > most:
+            layer.note = f"dense: {share:.0%} of the pages chosen, more than the {most:.0%} that pay here"
             watch.note("all", begin)
             return dispatch.run(q, kv, DENSE, ctx, lse)
     total = _Total(q, lse or patch.merges)
@@ -75,6 +74,28 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
     if begin is not None:
         watch.note("all", begin)
     return total.result()
+
+
+def _told(patch: Patch, decision: Any, q: Tensor, kv: KV, ctx: Ctx) -> tuple[Any, float | None]:
+    """The decision, and the share of the causal pages that it names. Waits for the device: once a layer, in prefill.
+
+    Its terms are held meanwhile, up to HELD bytes of lists; beyond, the method chooses once more.
+    """
+    held: list[Selection] = []
+    size = 0
+
+    def given() -> Iterator[Selection]:
+        nonlocal size
+        for term in decision if isinstance(decision, (list, Generator)) else [decision]:
+            size += sum(x.nbytes for x in (term.index, term.count) if x is not None)
+            if size <= HELD:
+                held.append(term)
+            else:
+                held.clear()
+            yield term
+
+    share = lists.share(given(), q.shape[2], kv.S, ctx.q_pos if ctx.ragged else None)
+    return (held if size <= HELD else patch.select(q, kv, ctx)), share
 
 
 def each_term(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from attnpatch.decisions import ranked
-from attnpatch.executors import naive
 from attnpatch.executors.backends import capability, no_triton, too_old
-from attnpatch.executors.column_sums import compute_dtype, rows_per_block
+from attnpatch.executors.column_sums import compute_dtype
 
 
 def _kernels(x: torch.Tensor) -> str | None:
@@ -168,72 +166,46 @@ def top_mass(
     return _map(order, kept)
 
 
-def density(selection: Any, T: int, S: int) -> torch.Tensor:
-    """fp32 [B|1, H]: share of the causal (query, key) pairs of the covered rows that a Selection selects, by list head.
+def share(terms: Iterable[Any], T: int, S: int, q_pos: torch.Tensor | None = None) -> float | None:
+    """Share of the causal pages that terms over T queries at the end of S keys select, mean over heads.
 
-    T queries at the end of S keys, none of them padding. Closed form for pages alone; counted block by block of query
-    rows where columns, sink or window come besides.
+    What computing them costs: a page counts whole, also on the diagonal. A column counts for the queries that see it,
+    less the share of the term's pages, for it may lie in one of them. q_pos: int [B, T], -1 = padding, whose blocks do
+    not count; None = there is no padding. None where a sink, a window or scattered rows come besides, of which no
+    measurement is known. Goes through all terms, keeps none, and waits for the device once.
     """
-    start, stop, _ = (selection.rows or slice(None)).indices(T)
-    first, rows = S - T + start, stop - start
-    pairs = rows * first + rows * (rows + 1) // 2
-    if selection.groups is not None:  # all keys of a list are taken to be before its rows
-        named = selection.index >= 0
-        named = named if selection.weight is None else named & (selection.weight > float("-inf"))
-        return ((named.sum(-1) * (selection.groups >= 0).sum(-1)).sum(-1).double() / pairs).float()
-    if selection.columns is not None or selection.sink or selection.window or selection.index is None:
-        return _counted(selection, first, rows) / pairs
-    index, page, bq = selection.index, selection.page, selection.bq or rows
-    at = torch.arange(index.shape[2], device=index.device)[:, None] * bq  # [R, 1]
-    low = first + at - index.long() * page  # keys of the page that the row before the block sees
-    high = low + (rows - at).clamp(max=bq)
-    seen = _triangle(high, page) - _triangle(low, page)  # [B, H, R, W]
-    if selection.count is not None:
-        meant = torch.arange(index.shape[3], device=index.device) < selection.count[..., None]
-        seen = seen.masked_fill(~meant, 0)
-    return (seen.sum(dim=(-1, -2)).double() / pairs).float()
-
-
-def share(terms: Sequence[Any], T: int, S: int, q_pos: torch.Tensor | None = None) -> float | None:
-    """Share of the causal (query, key) pairs that terms over T queries at the end of S keys select, mean over heads.
-
-    q_pos: int [B, T], -1 = padding, whose pairs do not count; None = there is no padding. The share is None where it is
-    not told by pages alone. Waits for the device.
-    """
-    total: Any = 0.0
+    end = None if q_pos is None else q_pos.amax(-1) + 1
+    sums: Any = None
+    told = True
     for term in terms:
-        beside = term.columns is not None or term.groups is not None
-        if term.index is None or beside or term.sink or term.window:
-            return None
-        start, stop, _ = (term.rows or slice(None)).indices(T)
-        rows, first = stop - start, S - T + start
-        total = total + density(term, T, S).mean() * (rows * first + rows * (rows + 1) // 2)
-    pairs: Any = T * (S - T) + T * (T + 1) // 2  # of a batch row
-    if q_pos is not None:
-        pairs = (q_pos + 1).sum().clamp(min=1) / q_pos.shape[0]
-    return float(total / pairs)
+        told = told and term.groups is None and not (term.sink or term.window or term.skip)
+        if told:
+            part = _pairs(term, T, S, end)
+            sums = part if sums is None else sums + part.to(sums.device)
+    return float(sums[0] / sums[1].clamp(min=1)) if told and sums is not None else None
 
 
-def _triangle(x: torch.Tensor, page: int) -> torch.Tensor:
-    """Sum over u = 1 .. x of min(u, page): pairs of a page with rows that see 1, 2, .. x keys from its start."""
-    x = x.clamp(min=0)
-    inside = x.clamp(max=page)
-    return inside * (inside + 1) // 2 + (x - inside) * page
-
-
-def _counted(selection: Any, first: int, rows: int) -> torch.Tensor:
-    """fp32 [B, H]: selected causal pairs of any Selection, in bounded memory."""
-    given = [x for x in (selection.index, selection.columns) if x is not None]
-    batch, heads = (max((x.shape[i] for x in given), default=1) for i in (0, 1))
-    device = given[0].device if given else torch.device("cpu")
-    end, bq = first + rows, selection.bq if selection.bq and selection.index is not None else rows
-    held = SimpleNamespace(k=torch.empty(batch, 1, end, 0, device=device), pos=torch.arange(end, device=device))
-    held.pos = held.pos.expand(batch, 1, -1)
-    total = torch.zeros(batch, heads, dtype=torch.long, device=device)
-    for start in range(0, rows, bq):
-        step = rows_per_block(batch, heads, end, bq)
-        for at in range(start, min(start + bq, rows), step):
-            q_pos = held.pos[:, 0, first + at : first + min(at + step, start + bq, rows)]
-            part = one_list(selection, start // bq, end)
-            total += (naive.selected(part, held, q_pos, heads) & naive.visible(held, q_pos)).sum(dim=(-1, -2))
-    return total.float()
+def _pairs(term: Any, T: int, S: int, end: torch.Tensor | None) -> torch.Tensor:
+    """fp64 [2]: pairs selected, mean over heads, and causal pairs, of a mean batch row, as `share` counts them."""
+    start, stop, _ = (term.rows or slice(None)).indices(T)
+    first, rows, index, columns = S - T + start, stop - start, term.index, term.columns
+    page, bq = (1, 1) if index is None else (term.page, term.bq or rows)
+    device = next((x.device for x in (index, columns, end) if x is not None), None)
+    at = torch.arange(0, rows, bq, device=device)  # [R]
+    size = (rows - at).clamp(max=bq)
+    width = (first + at + size + page - 1) // page * page  # keys of the causal pages
+    if end is not None:
+        size = torch.where(first + at < end[:, None], size, 0)[:, None]  # [B, 1, R]
+    every = (width * size).sum(-1).view(-1, 1)  # [B|1, 1]
+    some = torch.zeros_like(every) if term.named else every
+    if index is not None:
+        count = index.new_full(index.shape[:-1], index.shape[-1]) if term.count is None else term.count
+        some = ((count * page).minimum(width) * size).sum(-1)  # [B|1, H]
+    if columns is not None:
+        last = first + rows if end is None else end.clamp(max=first + rows)[:, None, None]
+        seen = (last - columns.clamp(min=first)).clamp(min=0).masked_fill(columns < 0, 0).sum(-1)  # [B|1, H']
+        outside = 1 - some.double() / every.clamp(min=1)
+        heads = max(seen.shape[1], outside.shape[1])
+        more = spread(seen, seen.shape[0], heads) * spread(outside, outside.shape[0], heads)
+        some = some.double().mean(1, keepdim=True) + more
+    return torch.stack([some.double().mean(), every.double().mean()])

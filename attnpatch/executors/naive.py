@@ -321,13 +321,6 @@ def top(scores: torch.Tensor, k: int | None = None, mass: float = 0.0) -> torch.
     return chosen
 
 
-def density(selection: Any, kv: Any, q_pos: torch.Tensor, heads: int) -> torch.Tensor:
-    """fp32 [B, heads]: share of the causal pairs of the covered rows that are selected. q_pos int [B, T]."""
-    q_pos = q_pos[:, selection.rows or slice(None)]
-    seen = visible(kv, q_pos).expand(-1, heads, -1, -1)
-    return (seen & selected(selection, kv, q_pos, heads)).sum((-1, -2)) / seen.sum((-1, -2))
-
-
 def pages_above(
     q: Any, k: Any, bias: torch.Tensor, limit: torch.Tensor, *, start: int, page: int, block: int
 ) -> torch.Tensor:

@@ -52,7 +52,8 @@ class Coverage(shared.Observer):
         for pattern, a, b in self.candidates:
             banded = pattern == "a_shape"
             size = (a, b) if banded else (max(a, FIRST), max(b, NEAR))
-            columns, distances = pick(lines, ctx.q_pos, [size], [size if banded else (FIRST, NEAR)])
+            sizes = torch.tensor([size, size if banded else (FIRST, NEAR)]).to(q.device, non_blocking=True)
+            columns, distances = pick(lines, ctx.q_pos, sizes[:1], sizes[1:])
             chosen.append((columns, offsets(distances)))
         first = -(-self.skip // BLOCK) * BLOCK
         total = q.new_zeros((*q.shape[:2], len(chosen)), dtype=torch.float32)

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.launching import rowwise
+from attnpatch.executors._kth_triton import kth
+from attnpatch.executors.launching import processors, rowwise
 
 
 @triton.jit
@@ -72,24 +73,20 @@ def _kernel(
     c = tl.arange(0, CHILDREN)
     score = tl.load(SCORE + program * CHILDREN + c, mask=c < 2 * GROUPS, other=-2147483648)
     first, length, at = _child(START, SIZE, c, c < 2 * GROUPS, CENTER, LAST)
-    low = tl.full([], -2147483648, tl.int64)
-    high = tl.full([], 2147483647, tl.int64)
-    for _ in range(32):  # the GROUPS-th highest score, bit by bit
-        middle = (low + high + 1) >> 1
-        enough = tl.sum((score >= middle.to(tl.int32)).to(tl.int32), 0) >= GROUPS
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    edge = low.to(tl.int32)
+    edge, left = kth(score, c < 2 * GROUPS, GROUPS)
     over, tie = (score > edge).to(tl.int32), (score == edge).to(tl.int32)
-    spare = tl.sum(tie, 0) - (GROUPS - tl.sum(over, 0))  # the earliest ties, which fall out
+    tie = tl.where(c < 2 * GROUPS, tie, 0)
+    spare = tl.sum(tie, 0) - left  # the earliest ties, which fall out
     kept = (over == 1) | ((tie == 1) & (tl.cumsum(tie, 0) > spare))
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(NEW_START + program * GROUPS + place, first, mask=kept)
     tl.store(NEW_SIZE + program * GROUPS + place, length, mask=kept)
 
 
-def shapes(samples: int, dim: int, groups: int) -> dict[str, int]:
-    """Block sizes and launch settings."""
+def shapes(samples: int, dim: int, groups: int, crowded: bool = True) -> dict[str, int]:
+    """Block sizes and launch settings. crowded: there are programs enough to hide each other's waiting."""
+    many = {"N": 64, "num_warps": 4, "num_stages": 2}
+    few = {"N": 256, "num_warps": 8, "num_stages": 1}  # a program then waits for fewer gathers
     return {
         "SAMPLES": samples,
         "M": max(16, triton.next_power_of_2(samples)),
@@ -97,20 +94,18 @@ def shapes(samples: int, dim: int, groups: int) -> dict[str, int]:
         "WIDE": max(16, triton.next_power_of_2(dim)),
         "GROUPS": groups,
         "CHILDREN": triton.next_power_of_2(2 * groups),
-        "N": 64 if dim <= 128 else 32,
-        "num_warps": 4,
-        "num_stages": 2,
+        **({**many, "N": 32} if dim > 128 else many if crowded or 2 * groups < 256 else few),
     }
 
 
 def launch(
     samples: torch.Tensor, k: torch.Tensor, limit: torch.Tensor, start: torch.Tensor, size: torch.Tensor,
-    origin: int, block: int, stride: int, representative: str,
+    origin: int, block: int, stride: int, representative: str, **config: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """As `halving.run`."""
+    """As `halving.run`; config overrides N, num_warps and num_stages."""
     (batch, heads, lists, groups), (count, dim) = start.shape, samples.shape[3:]
     samples, k, limit, start, size = (rowwise(x) for x in (samples, k, limit.to(torch.int32), start, size))
-    sizes = shapes(count, dim, groups)
+    sizes = {**shapes(count, dim, groups, batch * heads * lists > 4 * processors(k.device)), **config}
     new_start, new_size = (torch.empty(start.shape, dtype=torch.int32, device=k.device) for _ in range(2))
     score = torch.empty(batch * heads * lists, sizes["CHILDREN"], dtype=torch.int32, device=k.device)
     _kernel[(lists, batch * heads)](

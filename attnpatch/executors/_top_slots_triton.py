@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors._kth_triton import kth
+
 SHORT = 8192
 """Scores of a row up to which one program takes it whole."""
 BINS = 256
@@ -53,15 +55,10 @@ def _short(
     slot, w = tl.arange(0, N), tl.arange(0, WIDE)
     key, ok = _keys(SCORES + row * n, slot, slot < n)
     wanted = tl.minimum(_wanted(row, k, MOST, HAS_MOST), tl.sum(ok.to(tl.int32), 0))
-    edge = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 2147483648, tl.uint32)
-    for _ in range(32):
-        higher = edge | bit
-        enough = tl.sum((ok & (key >= higher)).to(tl.int32), 0) >= wanted
-        edge = tl.where(enough, higher, edge)
-        bit = bit >> 1
-    over = tl.sum((ok & (key > edge)).to(tl.int32), 0)
-    spare = tl.sum((ok & (key == edge)).to(tl.int32), 0) - (wanted - over)
+    edge, left = kth(key.to(tl.int32, bitcast=True) ^ -2147483648, ok, tl.maximum(wanted, 1))
+    edge = (edge ^ -2147483648).to(tl.uint32, bitcast=True)
+    spare = tl.sum((ok & (key == edge)).to(tl.int32), 0) - tl.where(wanted > 0, left, 0)
+    edge = tl.where(wanted > 0, edge, 0xFFFFFFFF)
     tl.store(INDEX + row * k + w, tl.full([WIDE], 0, tl.int32) + n, mask=(w >= wanted) & (w < k))
     _write(INDEX + row * k, key, ok, edge, spare, 0, 0, slot, k)
     tl.store(COUNT + row, wanted)

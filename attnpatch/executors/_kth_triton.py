@@ -24,11 +24,10 @@ def kth(key, there, wanted):
     rank = (key ^ -2147483648).to(tl.uint32, bitcast=True)  # orders as unsigned
     prefix, left = tl.full([], 0, tl.uint32), wanted
     for step in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * step
         begins = there
         if step > 0:
-            begins = there & ((rank >> (shift + 8)) == prefix)
-        count = tl.histogram(((rank >> shift) & 255).to(tl.int32), 256, mask=begins)
+            begins = there & ((rank >> (32 - 8 * step)) == prefix)
+        count = tl.histogram(((rank >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=begins)
         above = tl.cumsum(count, 0, reverse=True)  # at or above each digit
         digit = tl.maximum(tl.sum((above >= left).to(tl.int32), 0) - 1, 0)
         left -= tl.sum(tl.where(d > digit, count, 0), 0)

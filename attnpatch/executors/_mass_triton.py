@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors._kth_triton import kth, ordered
+from attnpatch.executors._kth_triton import edge_of, ordered
 from attnpatch.executors.launching import on
 
 COUNT, WITHIN, BELOW = 0, 1, 2
@@ -67,10 +67,10 @@ def _short(
     v = tl.load(x + row * n + i, mask=there, other=float("-inf"))
     most, key, weight = tl.load(limit + row), ordered(v), _weight(v, there, RULE)
     edge = tl.full([], LOWEST, tl.int32)
-    if RULE == 0:  # the next one after those that fit; none is left out if there is no such
-        wanted = tl.minimum(tl.maximum(most, -1.0), 2.0**30).to(tl.int32) + 1
-        if wanted <= n:
-            edge, _ = kth(key, there, wanted)
+    if RULE == 0:
+        wanted = tl.minimum(tl.maximum(most, 0.0), 2.0**30).to(tl.int32)
+        if wanted < n:
+            edge = tl.where(wanted > 0, edge_of(key, there, tl.maximum(wanted, 1)), 2147483647)
     else:
         for bit in range(0, 32):
             half = tl.full([], 1, tl.int32) << (31 - bit)
@@ -81,11 +81,12 @@ def _short(
     above, equal = tl.sum(over.to(tl.int32), axis=0), tl.sum(tie.to(tl.int32), axis=0)
     take = _ties(edge, tl.sum(tl.where(over, weight, 0.0), axis=0), above, equal, most, RULE)
     if MAP:
-        rank = tl.cumsum(tie.to(tl.int32), axis=0)
-        if LATER:
-            tie = tie & (rank > equal - take)
-        else:
-            tie = tie & (rank <= take)
+        if take < equal:
+            rank = tl.cumsum(tie.to(tl.int32), axis=0)
+            if LATER:
+                tie = tie & (rank > equal - take)
+            else:
+                tie = tie & (rank <= take)
         chosen = over | tie
         if RULE == 0:
             chosen = chosen & (v > float("-inf"))

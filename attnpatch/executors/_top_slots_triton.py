@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors._kth_triton import kth
+from attnpatch.executors._kth_triton import edge_of
 
 SHORT = 8192
 """Scores of a row up to which one program takes it whole."""
@@ -37,7 +37,9 @@ def _wanted(row, k, MOST, HAS_MOST: tl.constexpr):
 def _write(INDEX, key, ok, edge, spare, over_before, tie_before, slot, k):
     """Slots whose key is above `edge`, and the ties but the first `spare` of the row, behind those of earlier cuts."""
     tie = (ok & (key == edge)).to(tl.int32)
-    kept = (ok & (key > edge)) | ((tie == 1) & (tie_before + tl.cumsum(tie, 0) > spare))
+    kept = ok & (key >= edge)
+    if spare > tie_before:
+        kept = (ok & (key > edge)) | ((tie == 1) & (tie_before + tl.cumsum(tie, 0) > spare))
     place = over_before + tl.maximum(tie_before - spare, 0) + tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(INDEX + place, slot, mask=kept & (place < k))
 
@@ -55,10 +57,11 @@ def _short(
     slot, w = tl.arange(0, N), tl.arange(0, WIDE)
     key, ok = _keys(SCORES + row * n, slot, slot < n)
     wanted = tl.minimum(_wanted(row, k, MOST, HAS_MOST), tl.sum(ok.to(tl.int32), 0))
-    edge, left = kth(key.to(tl.int32, bitcast=True) ^ -2147483648, ok, tl.maximum(wanted, 1))
+    edge = edge_of(key.to(tl.int32, bitcast=True) ^ -2147483648, ok, tl.maximum(wanted, 1))
     edge = (edge ^ -2147483648).to(tl.uint32, bitcast=True)
-    spare = tl.sum((ok & (key == edge)).to(tl.int32), 0) - tl.where(wanted > 0, left, 0)
     edge = tl.where(wanted > 0, edge, 0xFFFFFFFF)
+    over = tl.sum((ok & (key > edge)).to(tl.int32), 0)
+    spare = tl.sum((ok & (key == edge)).to(tl.int32), 0) - (wanted - over)
     tl.store(INDEX + row * k + w, tl.full([WIDE], 0, tl.int32) + n, mask=(w >= wanted) & (w < k))
     _write(INDEX + row * k, key, ok, edge, spare, 0, 0, slot, k)
     tl.store(COUNT + row, wanted)

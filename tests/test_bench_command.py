@@ -125,18 +125,20 @@ def test_the_commit_is_not_that_of_a_checkout_that_holds_an_installed_copy(tmp_p
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "out of memory"),
+        (RuntimeError("CUDA error: out of memory\nSearch for it"), "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
         (MemoryError(), "out of memory"),
         (UnsupportedModeError("this cannot be right; do that."), "refused"),
     ],
-    ids=["cuda", "cpu", "python", "refusal"],
+    ids=["cuda", "cpu", "driver", "cublas", "python", "refusal"],
 )
 def test_a_failed_cell_is_marked_and_the_rest_goes_on(model, monkeypatch, error, word):
     once = g.once
 
-    def failing(model, prompt, variant, new_tokens):
+    def failing(model, prompt, variant, grid):
         if variant.label == "snapkv" and prompt.ids.shape[1] == 61:
             raise error
-        return once(model, prompt, variant, new_tokens)
+        return once(model, prompt, variant, grid)
 
     monkeypatch.setattr(g, "once", failing)
     variants = [g.Variant("dense"), g.Variant("snapkv", resolve("snapkv", budget=40))]

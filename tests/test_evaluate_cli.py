@@ -174,7 +174,7 @@ def test_settings_find_their_owner():
     assert isinstance(runs[1], runner.Run)
 
 
-def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch, capsys):
     from types import SimpleNamespace
 
     state = SimpleNamespace(num_processes=1, process_index=0, device="cpu", destroy_process_group=lambda: None)
@@ -186,3 +186,4 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
     state.wait_for_everyone = "wait"
     with command.processes(True) as found:
         assert found == (0, 1, "cpu", "wait")
+    assert "one process was started, nothing is spread" in capsys.readouterr().err

@@ -1,8 +1,9 @@
 """Dense beside patched over a grid of lengths and batches: what `attnpatch bench` measures.
 
 Every run is one greedy `model.generate` of exactly `new_tokens`: the first token ends the prefill, the steps after it
-are decoding. Variants run in turn, forwards and backwards, after warm-up runs. Break-even limits of this machine
-(`attnpatch doctor --calibrate`) are ignored, since what is measured must not be told when it pays.
+are decoding. With `filled` most of the prompt is not read (`attnpatch.bench.filled`). Variants run in turn, forwards
+and backwards, after warm-up runs. Break-even limits of this machine (`attnpatch doctor --calibrate`) are ignored, since
+what is measured must not be told when it pays.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 
 from attnpatch import breakeven
 from attnpatch.api import patched
+from attnpatch.bench import filled
 from attnpatch.bench.ledger import Ledger, Peak, ledger
-from attnpatch.engine.compat import greedy_options, input_device, out_of_memory, output_cache
+from attnpatch.engine.compat import cache_name, greedy_options, input_device, out_of_memory, output_cache
 from attnpatch.errors import AttnPatchError, ConfigError
 from attnpatch.patch import Patch
 
@@ -41,7 +43,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured. shortest: real tokens of a batch's shortest row over the longest; 1 = no padding."""
+    """What is measured. shortest: real tokens of a batch's shortest row over the longest; 1 = no padding.
+
+    filled: the cache is filled rather than the prompt read, so that decoding alone is measured.
+    """
 
     lengths: tuple[int, ...]
     batches: tuple[int, ...]
@@ -49,6 +54,7 @@ class Grid:
     repeats: int = 3
     warmup: int = 1
     shortest: float = 1.0
+    filled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lengths", "batches"):
@@ -58,6 +64,10 @@ class Grid:
             raise ConfigError("new_tokens and repeats must be at least 1, warmup at least 0.")
         if not 0 < self.shortest <= 1:
             raise ConfigError(f"shortest={self.shortest} must lie above 0, up to 1 (1 = no padding).")
+        if self.filled:
+            filled.check(min(self.lengths))
+            if self.shortest != 1 or self.new_tokens < 2:
+                raise ConfigError("--filled measures steps of full rows: leave --shortest out, give --new-tokens >= 2.")
 
 
 @dataclass(frozen=True)
@@ -111,15 +121,18 @@ def random_rows(model: Any, batch: int, length: int) -> list[list[int]]:
     return torch.randint(min(3, size - 1), size, (batch, length), generator=generator).tolist()
 
 
-def once(model: Any, prompt: Prompt, variant: Variant, new_tokens: int) -> Run:
+def once(model: Any, prompt: Prompt, variant: Variant, grid: Grid) -> Run:
     """One run of one variant. The model is un-patched again afterwards."""
+    new_tokens = grid.new_tokens
     stamps, devices = Stamps(), {p.device for p in model.parameters()}
     with patched(model, list(variant.patches)) if variant.patches else nullcontext(), torch.inference_mode():
+        given = {cache_name(): filled.cache_of(model, prompt.ids, variant.patches)} if grid.filled else {}
         with Peak(devices) as peak:
             start = time.perf_counter()
             out = model.generate(
                 prompt.ids, attention_mask=prompt.mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
                 streamer=stamps, pad_token_id=0, return_dict_in_generate=True, **greedy_options(model),
+                **given,
             )  # fmt: skip
         notes, backends = _told(model) if variant.patches else ([], [])
         held = ledger(output_cache(out), prompt.pads)
@@ -152,26 +165,42 @@ def attempt(run: Callable[[], Run]) -> tuple[Run | None, dict[str, str]]:
     return None, failed
 
 
-def cell(model: Any, prompt: Prompt, variants: Sequence[Variant], grid: Grid) -> list[dict[str, Any]]:
-    """One row a variant for one prompt, dense first; a variant that fails once is left out of what follows."""
+def cell(
+    model: Any, prompt: Prompt, variants: Sequence[Variant], grid: Grid, sofar: Callable[[list], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """One row a variant for one prompt, dense first; a variant that fails once is left out of what follows.
+
+    sofar: told after every run of the rows there are by then.
+    """
     runs: dict[str, list[Run]] = {v.label: [] for v in variants}
     failed: dict[str, dict[str, str]] = {}
     for repeat in range(-grid.warmup, grid.repeats):
         for variant in list(variants)[:: -1 if repeat % 2 else 1]:
             if variant.label in failed:
                 continue
-            run, why = attempt(lambda v=variant: once(model, prompt, v, grid.new_tokens))  # type: ignore[misc]
+            run, why = attempt(lambda v=variant: once(model, prompt, v, grid))  # type: ignore[misc]
             if run is None:
                 failed[variant.label] = why
             elif repeat >= 0:
                 runs[variant.label].append(run)
+            sofar(_rows(prompt, variants, grid, runs, failed))
+    return _rows(prompt, variants, grid, runs, failed)
+
+
+def _rows(
+    prompt: Prompt, variants: Sequence[Variant], grid: Grid, runs: dict[str, list[Run]],
+    failed: dict[str, dict[str, str]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for every variant that ran or failed."""
     head = {"tokens": prompt.ids.shape[1], "batch": prompt.ids.shape[0]}
     rows = [
         {**head, "label": v.label, **(failed.get(v.label) or figures(runs[v.label], prompt, grid.new_tokens))}
         for v in variants
+        if v.label in failed or runs[v.label]
     ]
     for row in rows[1:]:
-        row.update(over(row, rows[0]))
+        if rows[0]["label"] == variants[0].label:
+            row.update(over(row, rows[0]))
     return rows
 
 
@@ -215,8 +244,11 @@ def measure(
     grid: Grid,
     rows_of: Callable[[int, int], Sequence[Sequence[int]]],
     each: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    sofar: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """All rows of the grid, shorter prompts first. rows_of(batch, length): token ids; each: told of every cell's rows.
+    """All rows of the grid, shorter prompts first. rows_of(batch, length): token ids.
+
+    each: told of every cell's rows; sofar: of the rows of the cell at work, after every run.
 
     Raises what patch_model raises for a variant, before anything is measured.
     """
@@ -230,6 +262,6 @@ def measure(
         for length in sorted(grid.lengths):
             for batch in sorted(grid.batches):
                 prompt = make_prompt(rows_of(batch, length), grid.shortest, input_device(model))
-                found += (rows := cell(model, prompt, variants, grid))
+                found += (rows := cell(model, prompt, variants, grid, sofar))
                 each(rows)
     return found

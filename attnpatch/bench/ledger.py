@@ -84,7 +84,8 @@ class Peak:
     @property
     def how(self) -> str:
         if self.cuda:
-            return "CUDA allocator: peak of allocated bytes"
+            many = f", the peaks of {len(self.cuda)} GPUs added" if len(self.cuda) > 1 else ""
+            return f"CUDA allocator: peak of allocated bytes{many}"
         linux = Path("/proc/self/clear_refs").exists()
         return "Linux: peak resident size of the process, interpreter and weights included" if linux else "not measured"
 

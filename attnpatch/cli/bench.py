@@ -34,7 +34,10 @@ WarmupOption = Annotated[int, typer.Option("--warmup", min=0, help="Runs of each
 ShortestOption = Annotated[
     float, typer.Option("--shortest", help="Shortest row of a batch over the longest, left-padded; 1 = no padding.")
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Write the JSON here, after every cell.")]
+FilledOption = Annotated[
+    bool, typer.Option("--filled", help="Fill the cache instead of reading the prompt: decoding alone is measured.")
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Write the JSON here, after every run.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a picture here: .png, .svg or .pdf.")]
 
 
@@ -53,6 +56,7 @@ def bench(
     repeats: RepeatsOption = 3,
     warmup: WarmupOption = 1,
     shortest: ShortestOption = 1.0,
+    filled: FilledOption = False,
     out: OutOption = None,
     plot: PlotOption = None,
     as_json: c.JsonOption = False,
@@ -77,7 +81,7 @@ def bench(
         check(plot)
     from attnpatch.bench.grid import Grid
 
-    grid = Grid(sizes, counts, new_tokens, repeats, warmup, shortest)
+    grid = Grid(sizes, counts, new_tokens, repeats, warmup, shortest, filled)
     body = run(model or str(shape), shape is not None, layers, chosen, grid, dtype, device_map, out)
     if plot is not None:
         from attnpatch.bench.plot import draw
@@ -148,7 +152,7 @@ def run(
     name: str, is_shape: bool, layers: int | None, chosen: dict[str, Any], grid: Any, dtype: str | None,
     device_map: str | None, out: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Load or make the model, measure, and write `out` after every cell; the JSON's body."""
+    """Load or make the model, measure, and write `out` after every run; the JSON's body."""
     started = time.monotonic()
     if is_shape:
         loaded, rows_of, prompts = random_of(name, layers, dtype, device_map)
@@ -163,15 +167,21 @@ def run(
     variants = [g.Variant(g.DENSE), *(g.Variant(label, patches) for label, patches in chosen.items())]
     body = head(name, loaded, grid, variants, prompts)
 
-    def each(rows: list[dict[str, Any]]) -> None:
-        body["rows"] += rows
+    def write(rows: list[dict[str, Any]]) -> None:  # whatever ends the run, what it measured stays
         body["seconds"] = round(time.monotonic() - started, 2)
         if out is not None:
-            out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps({**body, "rows": body["rows"] + rows}, indent=1) + "\n"
+            new = out.with_name(out.name + ".new")  # a reader never sees half a file
+            new.write_text(text, encoding="utf-8")
+            new.replace(out)
+
+    def each(rows: list[dict[str, Any]]) -> None:
+        body["rows"] += rows
+        write([])
         words = ", ".join(f"{r['label']} {r.get('failed') or milliseconds(r['first_token_ms'])}" for r in rows)
         typer.echo(f"{rows[0]['tokens']} tokens x {rows[0]['batch']}: {words}", err=True)
 
-    g.measure(loaded, variants, grid, rows_of, each)
+    g.measure(loaded, variants, grid, rows_of, each, write)
     return body
 
 
@@ -184,8 +194,15 @@ def head(name: str, model: Any, grid: Any, variants: list[Any], prompts: str) ->
     device = next((d for d in devices if d.type == "cuda"), next(iter(devices)))
     import torch
 
+    several = {} if len(devices) == 1 else {"devices": sorted(map(str, devices))}
+    if grid.filled:
+        from attnpatch.bench.filled import HEAD, TAIL
+
+        prompts += (
+            f"; filled: keys and values of the first {HEAD} tokens over and over, first token = that of the last {TAIL}"
+        )
     return {
-        **environment(device), "what": "greedy generation, dense beside patched; medians, least and most",
+        **environment(device), **several, "what": "greedy generation, dense beside patched; medians, least and most",
         "threads": torch.get_num_threads(), "model": name, "layers": model.get_decoder().config.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."), "weights_bytes": model.get_memory_footprint(),
         "prompts": prompts, "memory": Peak(devices).how, "grid": dict(vars(grid)),

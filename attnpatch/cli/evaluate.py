@@ -199,11 +199,16 @@ def digest(path: str | None) -> str | None:
 
 @contextmanager
 def processes(shard: bool) -> Iterator[tuple[int, int, str | None, Any]]:
-    """(rank, processes, device or None, wait for all)."""
+    """(rank, processes, device or None, wait for all). Raises ConfigError where several would do the same work."""
+    wanted = os.environ.get("WORLD_SIZE", "")
     if not shard:
+        if wanted.isdigit() and int(wanted) > 1:
+            raise ConfigError(
+                f"{wanted} processes were started and each would write the same --out; add --shard to spread the "
+                "samples over them, or start one."
+            )
         yield 0, 1, None, lambda: None
         return
-    wanted = os.environ.get("WORLD_SIZE", "")
     if not wanted and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         raise ConfigError(
             "--shard spreads samples over processes; start them: accelerate launch -m attnpatch.cli.main evaluate ..."
@@ -219,6 +224,8 @@ def processes(shard: bool) -> Iterator[tuple[int, int, str | None, Any]]:
                 f"--shard: {wanted} processes were started and accelerate found {state.num_processes}; start them with "
                 "accelerate launch or torchrun."
             )
+        if state.num_processes == 1:  # accelerate launch --cpu starts one whatever --num_processes says
+            typer.echo("--shard: one process was started, nothing is spread; on CPUs use torchrun", err=True)
         yield state.process_index, state.num_processes, str(state.device), state.wait_for_everyone
     finally:
         state.destroy_process_group()
@@ -269,11 +276,16 @@ class Job:
 
     def ledger(self, out: Path, fresh: bool, rank: int, wait: Any) -> Any:
         """The ledger to go on with. Raises ConfigError where a result file without one is in the way."""
-        from attnpatch.evaluate.results import Ledger
+        from attnpatch.evaluate.results import Ledger, ledgers
 
-        if fresh and rank == 0:
-            Ledger.remove(out)
-        wait()
+        wait()  # nobody looks at the files any more
+        try:
+            if fresh and rank == 0:
+                Ledger.remove(out)
+        finally:  # the others do not wait for a process that failed
+            wait()
+        if fresh and (left := ledgers(out)):
+            raise ConfigError(f"{left[0]} could not be removed for --fresh; name another --out.")
         ledger = Ledger(out, self.header, rank)
         if out.is_file() and not ledger.files and not fresh:
             raise ConfigError(

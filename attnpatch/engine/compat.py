@@ -13,6 +13,8 @@ from attnpatch.errors import VersionError
 NAME = "attnpatch"  # must contain neither "flash", "sdpa", "paged" nor a slash: transformers matches substrings
 OLDEST, BELOW = (5, 14), (6, 0)
 CACHE_NAMES = ("cache", "past_key_values")  # what transformers calls the cache, since 5.24 and before
+# the host's two, then the driver's and cuBLAS's own, which torch does not raise as OutOfMemoryError
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "cuda error: out of memory", "cublas_status_alloc_failed")
 _users = 0
 
 
@@ -87,7 +89,7 @@ def out_of_memory(error: BaseException) -> bool:
     import torch
 
     text = str(error).lower()
-    told = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    told = isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
     return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 

@@ -8,7 +8,8 @@ run and sample.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"--out {str(out)!r} is not the name of a .json file; give one such as results.json.")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; make it first.")
+
+
+@contextmanager
+def on_disk(path: Path) -> Iterator[None]:
+    """Raise ConfigError, naming `path`, where the file system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: {error.strerror or error}; check the folder, and that no second attnpatch evaluate has the same "
+            "--out."
+        ) from error
 
 
 def ledgers(out: Path) -> list[Path]:
@@ -68,7 +81,8 @@ class Ledger:
                     self.rows[key] = row
 
     def _lines(self, path: Path) -> Iterable[dict[str, Any]]:
-        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line's end was cut off in writing
+        with on_disk(path):
+            lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line's end was cut off in writing
         for number, line in enumerate(lines):
             try:
                 row = json.loads(line)
@@ -93,9 +107,10 @@ class Ledger:
 
     @staticmethod
     def remove(out: Path) -> None:
-        """Delete the ledgers beside a result file."""
+        """Delete the ledgers beside a result file; one that somebody else deletes meanwhile is gone, too."""
         for path in ledgers(out):
-            path.unlink()
+            with on_disk(path):
+                path.unlink(missing_ok=True)
 
     def has(self, key: Key) -> bool:
         """Whether this sample went well in that run."""
@@ -106,10 +121,11 @@ class Ledger:
         fresh = [r for r in rows if not self.has((r["run"], r["task"], r["id"]))]
         self.rows.update({(r["run"], r["task"], r["id"]): r for r in fresh})
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh)
-        if not self.path.is_file() or not self._mend():
-            text = json.dumps({"header": self.header}, ensure_ascii=False) + "\n" + text
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with on_disk(self.path):
+            if not self.path.is_file() or not self._mend():
+                text = json.dumps({"header": self.header}, ensure_ascii=False) + "\n" + text
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
 
     def _mend(self) -> int:
         """Cut off a line whose writing was interrupted; the bytes that stay."""
@@ -123,8 +139,9 @@ class Ledger:
         """Make the result file from the ledger and return its content."""
         body = {**self.header, "tasks": summary(samples, [r.label for r in runs], self.rows, self.header["seed"])}
         new = self.out.with_suffix(".json.new")  # a reader never sees half a file
-        new.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        new.replace(self.out)
+        with on_disk(self.out):
+            new.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            new.replace(self.out)
         return body
 
 

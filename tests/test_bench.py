@@ -114,8 +114,8 @@ def test_a_quality_run_goes_on_and_gives_the_same(tmp_path, capsys):
     rows = [json.loads(file.read_text())["rows"] for file in (whole, part)]
     assert rows[0] == rows[1] and all(len(row["hits"]) == row["n"] == 2 for row in rows[0])
     assert "| snapkv 10% | " in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="other tasks or methods"):
-        quality.main(["--tiny", "--device", "cpu", "--methods", "snapkv", "--resume", "--out", str(part)])
+    with pytest.raises(ConfigError, match="was asked otherwise .what: .*toy model.*testbed"):
+        quality.taken_up(board.Run([], []), part, {"what": "testbed"})
 
 
 def test_all_methods_of_a_quality_run():

@@ -6,7 +6,8 @@ evicting methods share one dense prefill of a batch (`attnpatch.bench.shared`), 
 `generate`. Without --methods all evicting ones run at the budgets of the table; methods that keep the whole cache
 (`--methods flexprefill hip`) run with their recipe, or with some of its values changed (`hip:mask_k=1024,sink=4`);
 evicting ones too take such values (`cake:window_size=8`). `--methods all` takes every method that needs no calibrated
-values. The file keeps every answer, so `--resume` goes on where an earlier run stopped, and `--table` prints it as a
+values; one that needs some is named with its profile (`duoattention:profile=FOLDER`). The file keeps every answer, so
+`--resume` goes on where an earlier run stopped, and adds the methods that it did not have, and `--table` prints it as a
 table. `--tiny` is a dry run on a random toy model.
 """
 
@@ -204,6 +205,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def taken_up(run: Run, out: Path, asked: dict[str, str]) -> list[dict[str, Any]]:
+    """Take up the rows of `out`; where and by which commit those were measured that are not asked now.
+
+    Raises ConfigError unless it asked the same: `asked` and the tasks.
+    """
+    before = json.loads(out.read_text(encoding="utf-8"))
+    if changed := [k for k, value in asked.items() if before.get(k) != value]:
+        had, now = before.get(changed[0]), asked[changed[0]]
+        raise ConfigError(
+            f"{out} was asked otherwise ({changed[0]}: {had!r}, not {now!r}); give the same, or another --out."
+        )
+    run.restore(before["rows"])
+    earlier: list[dict[str, Any]] = before.get("earlier", [])
+    ours = {m.label for m in run.methods[1:]}.union(*(e["methods"] for e in earlier))
+    if rest := [label for label in dict.fromkeys(r["label"] for r in before["rows"]) if label not in ours]:
+        others = {r["label"] for rows in run.others.values() for r in rows}
+        if others.intersection(rest):
+            about = {k: before.get(k) for k in ("commit", "device", "versions", "seconds")}
+            earlier = [*earlier, {**about, "methods": rest}]
+    return earlier
+
+
 def main(argv: list[str] | None = None) -> None:
     """Ask everything and write the JSON."""
     started = time.monotonic()
@@ -213,22 +236,23 @@ def main(argv: list[str] | None = None) -> None:
     model, cases, what = load(args, getattr(torch, dtype))
     methods = method_list(args)
     run = Run(task_list(args), methods)
-    if args.resume and args.out.exists():
-        run.restore(json.loads(args.out.read_text(encoding="utf-8"))["rows"])
+    what = f"exact greedy answers; {what}; samples from seed {SEED}"
+    earlier = taken_up(run, args.out, {"what": what, "dtype": dtype}) if args.resume and args.out.exists() else []
 
-    def ask(task: Task, first: int, count: int, tally: Tally) -> list[list[bool]]:
-        return correct(model, methods, *cases.batch(task, first, count), tally)
+    def ask(task: Task, first: int, count: int, tally: Tally, asked: list[Method]) -> list[list[bool]]:
+        return correct(model, asked, *cases.batch(task, first, count), tally)
 
     with breakeven.ignored():
         run.go(ask, started + args.seconds)
     body = {
         **environment(device, args.commit),
-        "what": f"exact greedy answers; {what}; samples from seed {SEED}",
+        "what": what,
         "dtype": dtype,
         "tiny": args.tiny,
         "stopped_early": run.stopped,
         "seconds": round(time.monotonic() - started, 2),
         "seconds_by_method": {m.label: round(sum(t.seconds[m] for t in run.tallies.values()), 2) for m in methods},
+        **({"earlier": earlier} if earlier else {}),
         "rows": run.rows(),
     }
     args.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

@@ -29,6 +29,23 @@ def writes_prompts(model: Any) -> str | None:
     return None if handle is None or handle.plan.writer is None else handle.plan.writer.name
 
 
+def needs_own_rows(model: Any) -> bool:
+    """Whether an active method makes of a row in a batch of conversations something else than of the row alone.
+
+    It evicts or adds up at every step, the pads of finished rows included; it selects in prefill over whole caches,
+    which a later turn of unequal rows is not; or it writes its own prompt.
+    """
+    from attnpatch.engine.families import unwrap
+
+    handle = getattr(unwrap(model), "_attnpatch", None)
+    if handle is None:
+        return False
+    plan = handle.plan
+    selector = plan.selectors.get("prefill")
+    whole = selector is not None and selector.needs_complete_kv
+    return whole or plan.writer is not None or "step" in plan.keeps_at or bool(plan.reweighters["decode"])
+
+
 def has_windows(model: Any) -> bool:
     """Whether layers attend a sliding window. It counts padding, so nothing may be padded behind the first turn."""
     from attnpatch.engine.families import inspect_model, unwrap

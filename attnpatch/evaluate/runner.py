@@ -80,6 +80,26 @@ class Reply:
     scores: list[float] | None = None  # where the score is no metric of a text
 
 
+class _Talk:
+    """One sample's conversation: its ids so far, its answers and their tokens."""
+
+    def __init__(self, one: Encoded) -> None:
+        self.one, self.history, self.texts, self.count = one, list(one.head), [], 0  # type: ignore[var-annotated]
+
+    def turn(self, number: int, ends: set[int], first: bool) -> list[int]:
+        """What is fed for this question. first: nothing was, not even the context."""
+        if number == 0:
+            self.history += self.one.asks[0]
+            return self.history if first else self.one.asks[0]
+        fed = len(self.history) - 1  # generate does not feed the last token
+        self.history = _follow(self.history, self.one.later[number], ends)
+        return self.history[fed:]
+
+    def answered(self, row: list[int], text: str) -> None:
+        self.history, self.count = self.history + row, self.count + len(row)
+        self.texts.append(text)
+
+
 class Runner:
     """Asks one model."""
 
@@ -112,7 +132,7 @@ class Runner:
 
     # ---- asking ----------------------------------------------------------------------------------------------
     def ask(self, batch: Sequence[Encoded]) -> list[Reply]:
-        """Replies to samples, under whatever patches the model has now. Several only where each has one question."""
+        """Replies to samples, under whatever patches the model has now; several where `batches` puts them together."""
         import torch
 
         torch.manual_seed(self.options.seed)
@@ -123,7 +143,7 @@ class Runner:
             if len(one.sample.questions) == 1:
                 return self._rows(batch, [0] * len(batch))
             if self.options.questions == "turns":
-                return [self._turns(one)]
+                return self._turns(batch)
             return [self._requests(one)]
 
     def _score(self, one: Encoded) -> Reply:
@@ -155,26 +175,42 @@ class Runner:
             replies.append(Reply([self._text(row)], len(e.whole(q)), len(row), held // len(pairs), share, note))
         return replies
 
-    def _turns(self, one: Encoded) -> Reply:
-        """All questions in one conversation on one cache; the model's own answers stay in it."""
+    def _turns(self, batch: Sequence[Encoded]) -> list[Reply]:
+        """All questions in one conversation on one cache; the model's own answers stay in it.
+
+        Rows that differ in length are padded on the left of each turn. What a row was fed behind the end of its answer,
+        while others still answered, is taken back by the next turn's mask.
+        """
+        if len(batch) > 1 and not self._go_together(batch):
+            return [reply for e in batch for reply in self._turns([e])]
+        talks, cache = [_Talk(e) for e in batch], None
+        limits = [self.new_tokens(e.sample) for e in batch]
+        ids, mask = self._pad([e.head for e in batch])
+        if self.options.protocol == "query-agnostic":
+            cache, _ = feeding.prefill(self.model, ids, mask)
+        for number in range(len(batch[0].sample.questions)):
+            parts, part_mask = self._pad([t.turn(number, self.ends, cache is None) for t in talks])
+            ids, mask = (parts, part_mask) if cache is None else (_join(ids, parts), _join(mask, part_mask))
+            new, cache = feeding.generate(self.model, ids, mask, max(limits), self.pad_id, cache)
+            rows = [self._ended(row[:most]) for row, most in zip(new.tolist(), limits, strict=True)]
+            ids, mask = _join(ids, new[:, :-1]), _join(mask, self._fed([len(r) for r in rows], new.shape[1]))
+            for talk, row in zip(talks, rows, strict=True):
+                talk.answered(row, self._text(row))
+        held, dense, note = self._held(cache)
+        share = None if dense is None else dense // len(batch)
+        return [Reply(t.texts, len(t.history) - t.count, t.count, held // len(batch), share, note) for t in talks]
+
+    def _go_together(self, batch: Sequence[Encoded]) -> bool:
+        """Whether several conversations can be one batch, each with the answers it gets alone."""
+        alike = len({len(e.sample.questions) for e in batch}) == 1
+        return alike and not self.windows and not feeding.needs_own_rows(self.model)
+
+    def _fed(self, lengths: Sequence[int], width: int) -> Any:
+        """Mask int64 [B, width - 1] of generated tokens that were fed: all of a row's answer but its last."""
         import torch
 
-        cache, texts, count, reply = None, [], 0, None
-        history = list(one.head)
-        if self.options.protocol == "query-agnostic":
-            ids, mask = self._pad([history])
-            cache, _ = feeding.prefill(self.model, ids, mask)
-        for number in range(len(one.sample.questions)):
-            turn = one.later[number] if number else one.asks[0]
-            history = _follow(history, turn, self.ends) if number else history + turn
-            ids = torch.tensor([history], device=self.device)
-            limit = self.new_tokens(one.sample)
-            new, cache = feeding.generate(self.model, ids, torch.ones_like(ids), limit, self.pad_id, cache)
-            row = self._ended(new[0].tolist())
-            history, count = history + row, count + len(row)
-            texts.append(self._text(row))
-        reply = Reply(texts, len(history) - count, count, *self._held(cache))
-        return reply
+        at = torch.arange(width - 1, device=self.device)
+        return (at < torch.tensor(lengths, device=self.device)[:, None] - 1).long()
 
     def _requests(self, one: Encoded) -> Reply:
         """Each question for itself, on a fresh copy of the prefilled cache where there is one."""
@@ -228,12 +264,15 @@ def _follow(history: list[int], turn: list[int], ends: set[int]) -> list[int]:
 
 
 # ---- a whole evaluation --------------------------------------------------------------------------------------
-def batches(encoded: Sequence[Encoded], size: int) -> Iterator[list[Encoded]]:
-    """Neighbours of one task with one question each, up to `size`; samples with several questions go alone."""
+def batches(encoded: Sequence[Encoded], size: int, turns: bool = True) -> Iterator[list[Encoded]]:
+    """Neighbours of one task with as many questions, up to `size`.
+
+    Likelihoods go alone, and so do samples with several questions unless they are asked in turns.
+    """
     held: list[Encoded] = []
     for e in encoded:
-        alone = len(e.sample.questions) > 1 or e.sample.metric == likelihood.METRIC
-        if held and (alone or len(held) == size or held[0].sample.task != e.sample.task):
+        alone = (len(e.sample.questions) > 1 and not turns) or e.sample.metric == likelihood.METRIC
+        if held and (alone or len(held) == size or _kind(held[0]) != _kind(e)):
             yield held
             held = []
         held.append(e)
@@ -242,6 +281,10 @@ def batches(encoded: Sequence[Encoded], size: int) -> Iterator[list[Encoded]]:
             held = []
     if held:
         yield held
+
+
+def _kind(e: Encoded) -> tuple[str, int]:
+    return e.sample.task, len(e.sample.questions)
 
 
 def evaluate(
@@ -261,7 +304,9 @@ def evaluate(
     check_samples(samples)
     check_metrics(samples)
     runner = Runner(model, tokenizer, options)
-    work = list(batches([runner.encode(s) for s in samples], options.batch))[shard[0] :: shard[1]]
+    work = list(batches([runner.encode(s) for s in samples], options.batch, options.questions == "turns"))[
+        shard[0] :: shard[1]
+    ]
     total, at = sum(map(len, work)), 0
     with breakeven.ignored():
         for batch in work:

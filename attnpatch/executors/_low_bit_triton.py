@@ -17,17 +17,17 @@ from attnpatch.executors.launching import on, rowwise
 from attnpatch.executors.low_bit import Low
 
 
-@triton.jit(do_not_specialize=["rows", "front", "keys", "begin", "blocks", "pages"])
+@triton.jit(do_not_specialize=["rows", "front", "begin", "blocks", "pages"])
 def _kernel(
-    q, k, q_scale, k_scale, bias, limit, ends, out, rows, front, keys, begin, blocks, pages, kv_heads, group,
+    q, k, q_scale, k_scale, bias, limit, ends, out, rows, front, begin, blocks, pages, kv_heads, group,
     q_b, q_h, q_t, k_b, k_h, k_s, scale_b, scale_h, bias_b, bias_h,
     DIM: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out int8 [B, Hq, blocks, pages], zeros before. q_scale, limit fp32 [B, Hq, rows]; ends int32 [blocks] in pages.
 
-    front: rows that the first block lacks; begin: the first key that is looked at, a multiple of PAGE. Programs that
-    run side by side read the same keys (the query heads of a kv head), those of the newest rows, the longest, first.
+    front: rows that the first block lacks; begin: the first page that is looked at. Programs that run side by side
+    read the same keys (the query heads of a kv head); those of the newest rows, the longest, come first.
     """
     part = tl.num_programs(0) // group - 1 - tl.program_id(0) // group
     batch, kv_head = tl.program_id(1).to(tl.int64) // kv_heads, tl.program_id(1) % kv_heads
@@ -46,8 +46,8 @@ def _kernel(
     k_scale += batch * scale_b + kv_head * scale_h
     bias += batch * bias_b + head * bias_h
     cell = out + (row_head * blocks + own) * pages
-    stop = tl.minimum(tl.max(end, 0) * PAGE, keys)
-    for first in range(begin, stop, BLOCK_N):
+    stop = tl.max(end, 0) * PAGE  # whole pages: loads are masked many keys at a time
+    for first in range(begin * PAGE, stop, BLOCK_N):
         held = first + n < stop
         # before the product, so that the wait for them hides behind
         scale = tl.load(k_scale + first + n, mask=held, other=0.0)
@@ -62,13 +62,13 @@ def _kernel(
         tl.store(cell[:, None] + page[None, :], tl.full([BLOCK_M, BLOCK_N // PAGE], 1, tl.int8), mask=found)
 
 
-def _config(wide: int) -> dict[str, int]:
-    """Tile, warps and stages by head size (padded).
+def _config(page: int) -> dict[str, int]:
+    """Tile, warps and stages by keys of a page.
 
-    A page's maximum stays in the threads that share a row, and a key is read once for 128 rows: the product of
-    integers is faster than keys come from the L2 cache for fewer.
+    A key is read once for 128 rows: for fewer the product of integers is faster than the L2 cache. Three programs of
+    four warps fit a Hopper multiprocessor, so that one multiplies while another compares.
     """
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3 if wide <= 128 else 2}
+    return {"BLOCK_M": 128, "BLOCK_N": max(64, page), "num_warps": 4, "num_stages": 3}
 
 
 def launch(
@@ -78,19 +78,19 @@ def launch(
     """bool [B, Hq, R, n / page], as `low_bit.pages_above`; ends int [R]: a block's pages from there on are not asked.
 
     numbers: what is multiplied, int8, a half dtype, or float8_e4m3fn for values up to 16; all hold the values exactly.
-    config overrides the tile (BLOCK_N a multiple of `page`), num_warps and num_stages.
+    config overrides the tile (BLOCK_N a multiple of `page`), num_warps, num_stages and maxnreg.
     """
     (batch, heads, rows, dim), (kv_heads, keys) = q.values.shape, k.values.shape[1:3]
     values, held = (rowwise(x.values).to(numbers) for x in (q, k))
     given = [x.float().contiguous() for x in (q.scale, limit)]
     k_scale, bias = rowwise(k.scale), rowwise(bias.float())
     wide, group, blocks = max(32, triton.next_power_of_2(dim)), heads // kv_heads, ends.shape[0]
-    settings: dict[str, Any] = {**_config(wide), **config}
+    settings: dict[str, Any] = {**_config(page), **config}
     out = torch.zeros(batch, heads, blocks, keys // page, dtype=torch.int8, device=q.values.device)
     with on(out.device):
         _kernel[(triton.cdiv(rows, settings["BLOCK_M"]) * group, batch * kv_heads)](
             values, held, given[0], k_scale, bias, given[1], ends.to(torch.int32).contiguous(), out,
-            rows, start % block, keys, begin * page, blocks, keys // page, kv_heads, group,
+            rows, start % block, begin, blocks, keys // page, kv_heads, group,
             *values.stride()[:3], *held.stride()[:3], *k_scale.stride()[:2], *bias.stride()[:2],
             DIM=dim, WIDE=wide, BLOCK=block, PAGE=page, **settings,
         )  # fmt: skip

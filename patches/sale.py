@@ -167,9 +167,9 @@ class SALE(Patch):
 
         pos = start + torch.arange(q.shape[2], device=q.device)
         pad = (pos > ctx.q_pos.amax(-1, keepdim=True))[:, None]  # [B, 1, r]
-        q = torch.where(pad[..., None], 0.0, q).to(keys.query.dtype)
+        given, q = q.dtype, torch.where(pad[..., None], 0.0, q).to(keys.query.dtype)
         kind = None if self.scales == "token" else "query"
-        low = low_bit.quantise((q - keys.query).to(keys.low.values.dtype), self.bits, kind=kind, start=start)
+        low = low_bit.quantise((q - keys.query).to(given), self.bits, kind=kind, start=start)
         # what was taken off with the keys' mean is the same for all keys of a query, but the yardstick has it
         group = q.shape[1] // keys.mean.shape[1]
         off = (q * keys.mean.repeat_interleave(group, dim=1)).sum(-1)  # [B, Hq, r]
@@ -177,9 +177,12 @@ class SALE(Patch):
         limit = ((lse + level) / ctx.scaling - off).masked_fill(pad, float("inf"))
         part = slice(0, width * self.block_size_k)
         held = low_bit.Low(keys.low.values[:, :, part], keys.low.scale[:, :, part])
+        bq, page = self.block_size_q, self.block_size_k
+        block = torch.arange(start // bq, -(-(start + q.shape[2]) // bq), device=q.device)
         return low_bit.pages_above(
-            low, held, keys.bias[..., part], limit, start=start, page=self.block_size_k, block=self.block_size_q
-        )
+            low, held, keys.bias[..., part], limit, start=start, page=page, block=bq, begin=1,
+            until=self._between(block),
+        )  # fmt: skip
 
 
 def layer_thresholds(q: Tensor, kv: KV, ctx: Ctx, theta: float, **settings: Any) -> list[float]:

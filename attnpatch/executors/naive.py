@@ -322,8 +322,9 @@ def top(scores: torch.Tensor, k: int | None = None, mass: float = 0.0) -> torch.
 
 
 def pages_above(
-    q: Any, k: Any, bias: torch.Tensor, limit: torch.Tensor, *, start: int, page: int, block: int
-) -> torch.Tensor:
+    q: Any, k: Any, bias: torch.Tensor, limit: torch.Tensor, *, start: int, page: int, block: int, begin: int = 0,
+    until: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The reference for `low_bit.pages_above`: bool [B, Hq, R, n / page]. q, k: `low_bit.Low` of queries and keys."""
     group = q.values.shape[1] // k.values.shape[1]
     wide, keys = (x.values.double() * x.scale.double()[..., None] for x in (q, k))
@@ -334,4 +335,7 @@ def pages_above(
         part = above[:, :, max(0, (first + i) * block - start) : (first + i + 1) * block - start]
         found[:, :, i] = part.any(2).unflatten(-1, (-1, page)).any(-1)
         found[:, :, i, -(-(first + i + 1) * block // page) :] = False  # behind the block
+        found[:, :, i, :begin] = False
+        if until is not None:
+            found[:, :, i, int(until[i]) :] = False
     return found

@@ -88,8 +88,7 @@ class RefreshKV(Patch):
         """bool [B]: q [B, Hq, 1, D] is like the last full step's (cosine above threshold); else it replaces it."""
         from attnpatch.executors import likeness
 
-        query = ctx.back(ctx.shard.all(q.float()).mean(1, keepdim=True)).flatten(1)  # fp32 [B, D]
-        return likeness.run(query, kv.rows["recycled_query"], ctx.q_pos[:, -1], threshold, above=True)
+        return likeness.of_step(q, ctx, kv.rows["recycled_query"], threshold, above=True, mean=True)
 
     def _either(self, kv: KV) -> Selection:
         """Rows that are due attend everything, as a list of all pages whose length the host does not know."""

@@ -222,7 +222,8 @@ class TokenSelect(Patch):
         between, all_of = kv.S - self.n_init - self.n_local, self.n_init + self.top_k + self.n_local
         if self._takes_again and known:
             like = likeness.of_step(
-                q, ctx, kv.rows["tokens_query"], self.threshold, tally=kv.rows["tokens_tally"], read=between,
+                q, ctx, kv.rows["tokens_query"], self.threshold, tally=kv.rows["tokens_tally"],
+                scored=ctx.tally.counter(len(newest), q.device), read=between,
                 least=all_of if kv.holes else 0,  # a row that still attends everything keeps no vote, as it would alone
             )  # fmt: skip
             old = kv.rows["tokens"], kv.rows["tokens_count"]
@@ -233,7 +234,8 @@ class TokenSelect(Patch):
                 query = ctx.shard.all(ctx.back(q)).flatten(1)  # fp32 [B, Hq * D]
                 kv.rows["tokens_query"] = query.masked_fill((newest < all_of)[:, None], float("nan"))
                 self._count(kv, ctx, newest)
-            self._tell(kv, ctx)
+            steps, hits = kv.rows["tokens_tally"].unbind(-1)
+            ctx.report["sparse steps"], ctx.report["hit rate"] = steps, (hits, steps)
         part = kv
         if self.repositions:
             q, part = ctx.turn(q, self.n_local - newest[:, None]), replace(kv, k=self._raw(kv, ctx))
@@ -248,13 +250,7 @@ class TokenSelect(Patch):
 
         old, there = kv.rows.get("tokens_tally"), (newest >= 0).long()
         steps, hits = (there, torch.zeros_like(there)) if old is None else (old[:, 0] + there, old[:, 1])
-        # int64 [B, 3]: steps, hits, keys scored, which is that of ctx.tally
-        kv.rows["tokens_tally"] = torch.stack([steps, hits, torch.zeros_like(there) + ctx.tally.scored], -1)
-
-    def _tell(self, kv: KV, ctx: Ctx) -> None:
-        """Tell `status` of the steps so far, and of how many took tokens again."""
-        steps, hits, ctx.tally.scored = kv.rows["tokens_tally"].unbind(-1)
-        ctx.report["sparse steps"], ctx.report["hit rate"] = steps, (hits, steps)
+        kv.rows["tokens_tally"] = torch.stack([steps, hits], -1)  # int64 [B, 2]
 
     def votes(
         self, q: Tensor, kv: KV, newest: Tensor, skip: Tensor | None = None, shard: Shard | None = None

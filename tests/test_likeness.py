@@ -68,13 +68,13 @@ def test_queries_are_turned_first(form, heads, dim, mean, dtype):
     turned = (turned.mean(1) if mean else turned.flatten(1)).contiguous()
     kept, q_pos = turned.clone(), torch.tensor([7, 9, 12, -1], device=form[1])
     kept[1] = -kept[1]
-    tally, before = torch.arange(12, device=form[1]).view(4, 3), torch.arange(12, device=form[1]).view(4, 3)
+    tally, scored = torch.arange(8, device=form[1]).view(4, 2), torch.arange(4, device=form[1])
     like = likeness.run(
-        query, kept, q_pos, 0.99, turn=likeness.Pairs.of(matrix, partner), mean=mean, least=10, tally=tally, read=50,
-        _backend=form[0],
+        query, kept, q_pos, 0.99, turn=likeness.Pairs.of(matrix, partner), mean=mean, least=10, tally=tally,
+        scored=scored, read=50, _backend=form[0],
     )  # fmt: skip
     assert like.tolist() == [True, False, True, True]
-    assert (tally - before).tolist() == [[1, 1, 0], [1, 0, 50], [1, 1, 0], [0, 0, 0]]
+    assert tally.tolist() == [[1, 2], [3, 3], [5, 6], [6, 7]] and scored.tolist() == [0, 51, 2, 3]
     assert kept[:2].isnan().all(), "rows with less than 10 keep nothing"
     torch.testing.assert_close(kept[2:], turned[2:])
     kept = torch.full_like(turned, float("nan"))

@@ -117,11 +117,12 @@ def choose(patch: Patch, layer: Layer) -> Any:
 
 
 def tokenselect(patch: Patch, layer: Layer) -> Iterator[tuple[str, Callable[[], Any]]]:
+    pairs = layer.ctx.pairs()
+    none = Pairs(pairs.same * float("nan"), *pairs[1:])
     for name in ("hit", "miss"):
         own = layer.fresh()
         step(patch, own)
         if name == "miss":  # a query of NaN is like no other
-            none = Pairs(layer.ctx.pairs().same * float("nan"), *layer.ctx.pairs()[1:])
             own.ctx.pairs = lambda: none
         now: dict[str, Any] = {"tokens_slots": own.kv.S - 1}
         yield name, again(patch, own, **now)

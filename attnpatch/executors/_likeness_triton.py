@@ -12,10 +12,10 @@ from attnpatch.executors.likeness import Pairs
 
 @triton.jit(do_not_specialize=["read", "least"])
 def _kernel(
-    QUERY, KEPT, QPOS, SAME, OTHER, PARTNER, TALLY, LIKE,
+    QUERY, KEPT, QPOS, SAME, OTHER, PARTNER, TALLY, SCORED, LIKE,
     query_batch, query_head, kept_batch, qpos_batch, same_batch, other_batch, tally_batch, threshold, least, read,
     HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, MEAN: tl.constexpr,
-    TURN: tl.constexpr, COUNT: tl.constexpr, ABOVE: tl.constexpr,
+    TURN: tl.constexpr, COUNT: tl.constexpr, READ: tl.constexpr, ABOVE: tl.constexpr,
 ):  # fmt: skip
     """LIKE uint8 [B]; a query is [HEADS, D], what is kept of it fp32 [HEADS * D], or [D] of the mean."""
     row = tl.program_id(0).to(tl.int64)
@@ -52,12 +52,13 @@ def _kernel(
         TALLY += row * tally_batch
         tl.store(TALLY, tl.load(TALLY) + (pos >= 0).to(tl.int64))
         tl.store(TALLY + 1, tl.load(TALLY + 1) + (like & (pos >= 0)).to(tl.int64))
-        tl.store(TALLY + 2, tl.load(TALLY + 2) + tl.where(like, 0, read).to(tl.int64))
+    if READ:
+        tl.store(SCORED + row, tl.load(SCORED + row) + tl.where(like, 0, read).to(tl.int64))
 
 
 def launch(
     query: torch.Tensor, kept: torch.Tensor, q_pos: torch.Tensor, threshold: float, above: bool,
-    turn: Pairs | None, mean: bool, least: int, tally: torch.Tensor | None, read: int,
+    turn: Pairs | None, mean: bool, least: int, tally: torch.Tensor | None, scored: torch.Tensor | None, read: int,
 ) -> torch.Tensor:  # fmt: skip
     """As `likeness.run`."""
     like = torch.empty(query.shape[0], dtype=torch.bool, device=query.device)
@@ -67,9 +68,11 @@ def launch(
     same, other, partner = (query,) * 3 if turn is None else (rowwise(turn.same), rowwise(turn.other), turn.partner)
     spread = (0, 0) if turn is None else (*strides(same, 1), *strides(other, 1))
     _kernel[(query.shape[0],)](
-        query, kept, q_pos, same, other, partner, query if tally is None else tally, like.view(torch.uint8),
+        query, kept, q_pos, same, other, partner, query if tally is None else tally,
+        query if scored is None else scored, like.view(torch.uint8),
         *query.stride()[:2], kept.stride(0), q_pos.stride(0), *spread, 0 if tally is None else tally.stride(0),
         float(threshold), least, read, HEADS=heads, H=high, D=dim, WIDE=wide, MEAN=mean, TURN=turn is not None,
-        COUNT=tally is not None, ABOVE=above, num_warps=4 if high * wide <= 1024 else 8 if high * wide <= 8192 else 16,
+        COUNT=tally is not None, READ=scored is not None, ABOVE=above,
+        num_warps=4 if high * wide <= 1024 else 8 if high * wide <= 8192 else 16,
     )  # fmt: skip
     return like

@@ -59,7 +59,7 @@ def choose(query: torch.Tensor) -> tuple[str, str]:
 
 def _run_torch(
     query: torch.Tensor, kept: torch.Tensor, q_pos: torch.Tensor, threshold: float, above: bool,
-    turn: Pairs | None, mean: bool, least: int, tally: torch.Tensor | None, read: int,
+    turn: Pairs | None, mean: bool, least: int, tally: torch.Tensor | None, scored: torch.Tensor | None, read: int,
 ) -> torch.Tensor:  # fmt: skip
     query = query.float()
     query = query.mean(1, keepdim=True) if mean else query
@@ -71,33 +71,36 @@ def _run_torch(
     if least:
         kept.masked_fill_((~idle & (q_pos < least))[:, None], float("nan"))
     if tally is not None:
-        tally += torch.stack([(~idle).long(), (like & ~idle).long(), ~like * read], -1)
+        tally += torch.stack([~idle, like & ~idle], -1)
+    if scored is not None:
+        scored += ~like * read
     return like
 
 
 @torch.no_grad()
 def run(
     query: torch.Tensor, kept: torch.Tensor, q_pos: torch.Tensor, threshold: float, *, above: bool = False,
-    turn: Pairs | None = None, mean: bool = False, least: int = 0, tally: torch.Tensor | None = None, read: int = 0,
-    _backend: str | None = None,
+    turn: Pairs | None = None, mean: bool = False, least: int = 0, tally: torch.Tensor | None = None,
+    scored: torch.Tensor | None = None, read: int = 0, _backend: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """bool [B]: rows whose query has a cosine of `threshold` or more to the kept one, or that have no query now.
 
     query: [B, N], or [B, H, D] with all heads as one vector (mean: their mean as one of D), turned by `turn` first;
     kept: fp32 [B, N]; q_pos: int [B], -1 = no query. The other rows' queries are written over the kept ones.
     A kept row of NaN is like nothing. above: a cosine of just `threshold` is not enough.
-    least: what is kept of a row with a query before this position is NaN afterwards. tally: int64 [B, 3], changed in
-    place: plus one where there is a query, plus one where it is like the kept one, plus `read` where a row is not like.
+    least: what is kept of a row with a query before this position is NaN afterwards. Counters, changed in
+    place: tally int64 [B, 2], plus one where there is a query, plus one where it is like the kept one; scored int64
+    [B], plus `read` where a row is not like.
     """
     name = _backend or choose(query)[0]
     if name == "torch":
-        return _run_torch(query, kept, q_pos, threshold, above, turn, mean, least, tally, read)
+        return _run_torch(query, kept, q_pos, threshold, above, turn, mean, least, tally, scored, read)
     if name != "triton":
         raise ConfigError(f"{name!r} is not a backend of likeness; allowed: triton, torch.")
     from attnpatch.executors._likeness_triton import launch
 
     with on(query.device):
-        return launch(query, kept, q_pos, threshold, above, turn, mean, least, tally, read)
+        return launch(query, kept, q_pos, threshold, above, turn, mean, least, tally, scored, read)
 
 
 def of_step(

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from attnpatch.engine.call import KV, Ctx
 
 
-PAGE = 16
-"""Keys of a page of the list of everything."""
 LISTED = ("recycled", "recycled_score", "recycled_query")
 
 
@@ -64,7 +62,8 @@ class RefreshKV(Patch):
     # "recycled_query" fp32 [B, D], mean query of the last full step;
     # "recycled_like" bool [B], from `select` to `observe`: rows whose step is not full (absent = none).
     # state: "recycled_size" int [B], K of each row. plain: "recycled" = (largest K, smallest K), "recycled_step",
-    # "recycled_slots" = slots at the last step, "recycled_full" = `observe` must renew the list.
+    # "recycled_slots" = slots at the last step, "recycled_full" = `observe` must renew the list,
+    # "recycled_seen" = what attention left of a full step.
     # There is an entry more than the list: a step attends the list and itself, and only then the weakest goes.
 
     def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection | None:
@@ -75,6 +74,7 @@ class RefreshKV(Patch):
         step = kv.plain["recycled_step"] = kv.plain.get("recycled_step", 0) + 1
         known = "recycled" in kv.rows and kv.plain["recycled_slots"] == kv.S - 1  # no step was left out
         kv.plain["recycled_slots"], turn = kv.S, step % self.stride == 0
+        kv.plain.pop("recycled_seen", None)  # of a forward that broke off
         if not known or (turn and self.schedule == "fixed"):
             kv.plain["recycled_full"] = True
             return None
@@ -86,25 +86,16 @@ class RefreshKV(Patch):
             kv.plain["recycled_full"], kv.rows["recycled_like"] = True, like
         if kv.S <= kv.plain["recycled"][1] + 1:
             return None  # all are listed
-        return self._either(kv) if turn else Selection(columns=kv.rows["recycled"], distinct=True)
+        if not turn:
+            return Selection(columns=kv.rows["recycled"], distinct=True)
+        seen = kv.plain["recycled_seen"] = {}
+        return Selection(columns=kv.rows["recycled"], distinct=True, only=like, leave=seen)
 
     def _like(self, q: Tensor, kv: KV, ctx: Ctx, threshold: float, **counted: Any) -> Tensor:
         """bool [B]: q [B, Hq, 1, D] is like the last full step's (cosine above threshold); else it replaces it."""
         from attnpatch.executors import likeness
 
         return likeness.of_step(q, ctx, kv.rows["recycled_query"], threshold, above=True, mean=True, **counted)
-
-    def _either(self, kv: KV) -> Selection:
-        """Rows that are due attend everything, as a list of all pages whose length the host does not know."""
-        import torch
-
-        from attnpatch.decisions import Selection
-
-        due, pages = ~kv.rows["recycled_like"], -(-kv.S // PAGE)
-        index = torch.arange(pages, dtype=torch.int32, device=kv.k.device)[None, None, None]
-        count = due[:, None, None].to(torch.int32) * pages
-        columns = kv.rows["recycled"].masked_fill(due[:, None, None], -1)
-        return Selection(index, count, PAGE, columns=columns, distinct=True)
 
     def observe(self, q: Tensor, kv: KV, ctx: Ctx) -> None:
         """Renew the list by the newest query, at the end of a prompt and at full steps."""
@@ -184,7 +175,8 @@ class RefreshKV(Patch):
             ctx.tally.scored = ctx.tally.scored + ((newest >= 0) * kv.S if ctx.ragged else kv.S)
         if ctx.ragged and like is None:  # a row without a token keeps its list
             like = newest < 0
-        scores = self.scores(q, kv, ctx, newest, like)
+        seen = kv.plain.pop("recycled_seen", None) if ctx.event == "step" else None
+        scores = self.scores(q, kv, ctx, newest, like, seen)
         old = None if like is None else (listed, torch.empty(listed.shape[:2], dtype=torch.int32, device=q.device))
         index, _ = top_slots.run(
             scores, listed.shape[-1], size[:, None], old=old, skip=None if like is None else like[:, None]
@@ -195,10 +187,14 @@ class RefreshKV(Patch):
         )
         kv.rows["recycled"], kv.rows["recycled_score"] = index, value
 
-    def scores(self, q: Tensor, kv: KV, ctx: Ctx, newest: Tensor, skip: Tensor | None = None) -> Tensor:
+    def scores(
+        self, q: Tensor, kv: KV, ctx: Ctx, newest: Tensor, skip: Tensor | None = None,
+        known: dict[str, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """What the list goes by, fp32 [B, Hkv, S], -inf at free slots: pooled attention of q [B, Hq, 1, D].
 
         newest: int [B], position of q, -1 = no query; skip: bool [B], rows of which nothing is asked.
+        known: `Selection.leave` of this step.
         """
         from torch.nn.functional import max_pool1d
 
@@ -208,7 +204,7 @@ class RefreshKV(Patch):
             reduce = "max" if self.gqa == "group_max" else "mean"
             scores = votes.run(
                 q, kv.k, end=newest, late=-1, scaling=ctx.scaling, softcap=ctx.softcap, reduce=reduce,
-                heads=kv.k.shape[1], skip=skip,
+                heads=kv.k.shape[1], skip=skip, known=known,
             )  # fmt: skip
             if self.kernel_size == 1 and not self.force_self:
                 return scores

@@ -51,6 +51,8 @@ class Tally:
             named = named + term.index.shape[-1] * term.page
         if term.columns is not None:
             named = named + term.columns.shape[-1]
+        if term.only is not None:
+            named = torch.where(term.only, named, kv.S)  # [B]
         self._now = self._now + named
 
     def close(self, kv: KV, ctx: Ctx, whole: bool = False) -> None:

@@ -50,6 +50,11 @@ class Selection:
     # -1 (unused), and name no slot twice unless by entries of weight -inf
     groups: torch.Tensor | None = None
     weight: torch.Tensor | None = None  # fp32, as index, with groups: added to the logits; -inf = not attended
+    # bool [B], of a decode step with lists: rows that attend what is named; the others attend every key they may
+    only: torch.Tensor | None = None
+    # with only: where an executor may leave "logits" fp32 [B, Hq, S] of these other rows, scaled, soft-capped and to
+    # base 2, and "lse" fp32 [B, Hq, n], to base 2, of the parts it read the keys in; -inf = an empty one
+    leave: dict[str, torch.Tensor] | None = None
 
     @property
     def named(self) -> bool:

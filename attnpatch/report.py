@@ -159,10 +159,17 @@ def _fill(row: LayerStatus, held: Any) -> None:
     if tally is not None:
         vars(row).update(tally[0].figures(*tally[1:]))
     row.positions, row.density = (None if x is None else x.cpu() for x in (row.positions, row.density))
-    row.report = {name: float(x.float().mean()) for name, x in report.items()}
+    row.report = {name: _number(x) for name, x in report.items()}
     if watch is not None:
         row.computing = watch.seconds("computing")
         row.choosing = watch.seconds("all") - row.computing
+
+
+def _number(x: Any) -> float:
+    """What a tensor, or a pair of them, told in `Ctx.report` comes to."""
+    if isinstance(x, tuple):
+        return float(x[0].sum()) / max(float(x[1].sum()), 1.0)
+    return float(x.float().mean())
 
 
 def _backend(model: Any) -> tuple[str, str]:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from attnpatch.engine.call import KV, Ctx
 
 
-PAGE = 16
-"""Keys of a page of the list of everything."""
 LISTED = ("recycled", "recycled_score", "recycled_query")
 
 
@@ -60,10 +58,12 @@ class RefreshKV(Patch):
         return self.schedule == "qc"
 
     # State of a layer. rows: "recycled" int32 [B, Hkv, K + 1] slots (-1 = none), in no order, "recycled_score" fp32,
-    # by which they were listed (`weakest`); "recycled_query" fp32 [B, D], mean query of the last full step;
+    # by which they were listed (`weakest`), "recycled_least" its lowest keys where a kernel reads them;
+    # "recycled_query" fp32 [B, D], mean query of the last full step;
     # "recycled_like" bool [B], from `select` to `observe`: rows whose step is not full (absent = none).
     # state: "recycled_size" int [B], K of each row. plain: "recycled" = (largest K, smallest K), "recycled_step",
-    # "recycled_slots" = slots at the last step, "recycled_full" = `observe` must renew the list.
+    # "recycled_slots" = slots at the last step, "recycled_full" = `observe` must renew the list,
+    # "recycled_seen" = what attention left of a full step.
     # There is an entry more than the list: a step attends the list and itself, and only then the weakest goes.
 
     def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection | None:
@@ -74,38 +74,34 @@ class RefreshKV(Patch):
         step = kv.plain["recycled_step"] = kv.plain.get("recycled_step", 0) + 1
         known = "recycled" in kv.rows and kv.plain["recycled_slots"] == kv.S - 1  # no step was left out
         kv.plain["recycled_slots"], turn = kv.S, step % self.stride == 0
+        kv.plain.pop("recycled_seen", None)  # of a forward that broke off
         if not known or (turn and self.schedule == "fixed"):
             kv.plain["recycled_full"] = True
             return None
-        weakest.replace(kv.rows["recycled"], kv.rows["recycled_score"], ctx.q_pos[:, -1])
+        least = kv.rows.get("recycled_least")
+        weakest.replace(kv.rows["recycled"], kv.rows["recycled_score"], ctx.q_pos[:, -1], least)
         if turn:
-            kv.plain["recycled_full"], kv.rows["recycled_like"] = True, self._like(q, kv, ctx, self.threshold)
+            scored = ctx.tally.counter(len(ctx.q_pos), q.device)
+            like = self._like(q, kv, ctx, self.threshold, scored=scored, read=kv.S)
+            kv.plain["recycled_full"], kv.rows["recycled_like"] = True, like
         if kv.S <= kv.plain["recycled"][1] + 1:
             return None  # all are listed
-        return self._either(kv) if turn else Selection(columns=kv.rows["recycled"], distinct=True)
+        if not turn:
+            return Selection(columns=kv.rows["recycled"], distinct=True)
+        seen = kv.plain["recycled_seen"] = {}
+        return Selection(columns=kv.rows["recycled"], distinct=True, only=like, leave=seen)
 
-    def _like(self, q: Tensor, kv: KV, ctx: Ctx, threshold: float) -> Tensor:
+    def _like(self, q: Tensor, kv: KV, ctx: Ctx, threshold: float, **counted: Any) -> Tensor:
         """bool [B]: q [B, Hq, 1, D] is like the last full step's (cosine above threshold); else it replaces it."""
         from attnpatch.executors import likeness
 
-        query = ctx.back(ctx.shard.all(q.float()).mean(1, keepdim=True)).flatten(1)  # fp32 [B, D]
-        return likeness.run(query, kv.rows["recycled_query"], ctx.q_pos[:, -1], threshold, above=True)
-
-    def _either(self, kv: KV) -> Selection:
-        """Rows that are due attend everything, as a list of all pages whose length the host does not know."""
-        import torch
-
-        from attnpatch.decisions import Selection
-
-        due, pages = ~kv.rows["recycled_like"], -(-kv.S // PAGE)
-        index = torch.arange(pages, dtype=torch.int32, device=kv.k.device)[None, None, None]
-        count = due[:, None, None].to(torch.int32) * pages
-        columns = kv.rows["recycled"].masked_fill(due[:, None, None], -1)
-        return Selection(index, count, PAGE, columns=columns, distinct=True)
+        return likeness.of_step(q, ctx, kv.rows["recycled_query"], threshold, above=True, mean=True, **counted)
 
     def observe(self, q: Tensor, kv: KV, ctx: Ctx) -> None:
         """Renew the list by the newest query, at the end of a prompt and at full steps."""
         import torch
+
+        from attnpatch.executors import weakest
 
         if ctx.event == "step":
             if not kv.plain.pop("recycled_full", False):
@@ -128,6 +124,9 @@ class RefreshKV(Patch):
         shape = (q.shape[0], kv.k.shape[1], kv.plain["recycled"][0] + 1)
         kv.rows["recycled"] = torch.full(shape, -1, dtype=torch.int32, device=q.device)
         kv.rows["recycled_score"] = torch.full(shape, float("-inf"), device=q.device)
+        kv.rows.pop("recycled_least", None)
+        if weakest.choose(kv.rows["recycled_score"])[0] == "triton":
+            kv.rows["recycled_least"] = weakest.lowest(kv.rows["recycled"], kv.rows["recycled_score"])
         self._renew(q, kv, ctx, newest, None)
         if self.needs_rope:
             query = ctx.shard.all(q.float()).mean(1, keepdim=True)
@@ -152,6 +151,8 @@ class RefreshKV(Patch):
         """Take back what rows `kept` (bool [B]) had before a turn in which they have no token."""
         import torch
 
+        from attnpatch.executors import weakest
+
         for name, x in old.items():
             new = kv.rows[name]
             width = max(0, new.shape[-1] - x.shape[-1])
@@ -160,58 +161,57 @@ class RefreshKV(Patch):
                 new, (0, x.shape[-1] - new.shape[-1]), value=-1 if name == "recycled" else float("inf")
             )
             kv.rows[name] = torch.where(kept.view(-1, *(1 for _ in x.shape[1:])), x, wider)
+        if "recycled_least" in kv.rows:
+            kv.rows["recycled_least"] = weakest.lowest(kv.rows["recycled"], kv.rows["recycled_score"])
 
     def _renew(self, q: Tensor, kv: KV, ctx: Ctx, newest: Tensor, like: Tensor | None) -> None:
         """List the best K slots anew by q [B, Hq, 1, D] at newest int [B], except in rows `like` (bool [B])."""
         import torch
 
-        from attnpatch.executors import top_slots
+        from attnpatch.executors import top_slots, weakest
 
-        listed, score, size = kv.rows["recycled"], kv.rows["recycled_score"], kv.state["recycled_size"][:, None]
-        if ctx.ragged:  # a row without a token keeps its list
-            like = newest < 0 if like is None else like | (newest < 0)
-        if ctx.event == "step":
-            ctx.tally.scored = ctx.tally.scored + (kv.S if like is None else ~like * kv.S)
-        scores = self.scores(q, kv, ctx, newest, like)
+        listed, score, size = kv.rows["recycled"], kv.rows["recycled_score"], kv.state["recycled_size"]
+        if like is None and ctx.event == "step":
+            ctx.tally.scored = ctx.tally.scored + ((newest >= 0) * kv.S if ctx.ragged else kv.S)
+        if ctx.ragged and like is None:  # a row without a token keeps its list
+            like = newest < 0
+        seen = kv.plain.pop("recycled_seen", None) if ctx.event == "step" else None
+        scores = self.scores(q, kv, ctx, newest, like, seen)
         old = None if like is None else (listed, torch.empty(listed.shape[:2], dtype=torch.int32, device=q.device))
-        index, _ = top_slots.run(scores, listed.shape[-1], size, old=old, skip=None if like is None else like[:, None])
-        index.masked_fill_(index >= kv.S, -1)
-        value = scores.gather(-1, index.clamp(min=0).long()).masked_fill(index < 0, float("-inf"))
-        if ctx.ragged:  # entries that a shorter row never uses
-            spare = torch.arange(listed.shape[-1], device=q.device) > size[..., None]
-            value = value.masked_fill(spare, float("inf"))
-        kv.rows["recycled"] = index
-        kv.rows["recycled_score"] = value if like is None else torch.where(like[:, None, None], score, value)
+        index, _ = top_slots.run(
+            scores, listed.shape[-1], size[:, None], old=old, skip=None if like is None else like[:, None]
+        )
+        value = torch.empty_like(score) if like is None else score
+        weakest.renew(
+            index, value, scores, size=size if ctx.ragged else None, skip=like, least=kv.rows.get("recycled_least")
+        )
+        kv.rows["recycled"], kv.rows["recycled_score"] = index, value
 
-    def scores(self, q: Tensor, kv: KV, ctx: Ctx, newest: Tensor, skip: Tensor | None = None) -> Tensor:
+    def scores(
+        self, q: Tensor, kv: KV, ctx: Ctx, newest: Tensor, skip: Tensor | None = None,
+        known: dict[str, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """What the list goes by, fp32 [B, Hkv, S], -inf at free slots: pooled attention of q [B, Hq, 1, D].
 
         newest: int [B], position of q, -1 = no query; skip: bool [B], rows of which nothing is asked.
+        known: `Selection.leave` of this step.
         """
         from torch.nn.functional import max_pool1d
 
-        from attnpatch.executors import column_sums, votes
+        from attnpatch.executors import column_sums, pooled, votes
 
-        ranged = kv.complete and (kv.aligned or not ctx.ragged)  # slots are positions
-        if ranged:
+        if kv.complete and (kv.aligned or not ctx.ragged):  # slots are positions
             reduce = "max" if self.gqa == "group_max" else "mean"
             scores = votes.run(
                 q, kv.k, end=newest, late=-1, scaling=ctx.scaling, softcap=ctx.softcap, reduce=reduce,
-                heads=kv.k.shape[1], skip=skip,
+                heads=kv.k.shape[1], skip=skip, known=known,
             )  # fmt: skip
-        else:
-            probs = column_sums.run(q, kv, q_pos=newest[:, None], scaling=ctx.scaling, softcap=ctx.softcap)
-            group = column_sums.group_max if self.gqa == "group_max" else column_sums.group_mean
-            scores = group(probs, kv.k.shape[1])
-        if not ctx.ragged:  # the newest is the last slot, and none is free
-            own = slice(-1, None)
-            if self.force_self:
-                scores[..., own] = float("-inf")
-            if self.kernel_size > 1:
-                scores = max_pool1d(scores, self.kernel_size, 1, self.kernel_size // 2)
-            if self.force_self:
-                scores[..., own] = float("inf")
-            return scores
+            if self.kernel_size == 1 and not self.force_self:
+                return scores
+            return pooled.run(scores, self.kernel_size, newest, own=self.force_self, skip=skip)
+        probs = column_sums.run(q, kv, q_pos=newest[:, None], scaling=ctx.scaling, softcap=ctx.softcap)
+        group = column_sums.group_max if self.gqa == "group_max" else column_sums.group_mean
+        scores = group(probs, kv.k.shape[1])
         free, mine = kv.pos < 0, kv.pos == newest[:, None, None]  # [B, 1|Hkv, S]
         scores = scores.masked_fill(free | mine if self.force_self else free, float("-inf"))
         if self.kernel_size > 1:

@@ -219,19 +219,23 @@ class TokenSelect(Patch):
         newest = ctx.q_pos[:, -1]  # [B]; -1 = no token in this step
         known = "tokens" in kv.rows and kv.plain["tokens_slots"] == kv.S - 1  # no token came without a step
         kv.plain["tokens_slots"], like, old = kv.S, None, None
+        between, all_of = kv.S - self.n_init - self.n_local, self.n_init + self.top_k + self.n_local
+        if self._takes_again and known:
+            like = likeness.of_step(
+                q, ctx, kv.rows["tokens_query"], self.threshold, tally=kv.rows["tokens_tally"],
+                scored=ctx.tally.counter(len(newest), q.device), read=between,
+                least=all_of if kv.holes else 0,  # a row that still attends everything keeps no vote, as it would alone
+            )  # fmt: skip
+            old = kv.rows["tokens"], kv.rows["tokens_count"]
+        else:
+            ctx.tally.scored = ctx.tally.scored + between
         if self._takes_again:
-            query = ctx.shard.all(ctx.back(q)).flatten(1)  # fp32 [B, Hq * D]
-            if known:
-                like = likeness.run(query, kv.rows["tokens_query"], newest, self.threshold)
-                old = kv.rows["tokens"], kv.rows["tokens_count"]
-                if kv.holes:  # a row that still attends everything keeps no vote, as it would alone
-                    none = ((newest >= 0) & self._all(newest))[:, None]
-                    kv.rows["tokens_query"] = kv.rows["tokens_query"].masked_fill(none, float("nan"))
-            else:  # NaN is like nothing: where there was no token, the next one votes
-                kv.rows["tokens_query"] = query.masked_fill(self._all(newest)[:, None], float("nan"))
-            self._tally(kv, ctx, newest, like)
-        between = kv.S - self.n_init - self.n_local
-        ctx.tally.scored = ctx.tally.scored + (between if like is None else ~like * between)
+            if not known:  # NaN is like nothing: where there was no token, the next one votes
+                query = ctx.shard.all(ctx.back(q)).flatten(1)  # fp32 [B, Hq * D]
+                kv.rows["tokens_query"] = query.masked_fill((newest < all_of)[:, None], float("nan"))
+                self._count(kv, ctx, newest)
+            steps, hits = kv.rows["tokens_tally"].unbind(-1)
+            ctx.report["sparse steps"], ctx.report["hit rate"] = steps, (hits, steps)
         part = kv
         if self.repositions:
             q, part = ctx.turn(q, self.n_local - newest[:, None]), replace(kv, k=self._raw(kv, ctx))
@@ -240,19 +244,13 @@ class TokenSelect(Patch):
         kv.rows["tokens"], kv.rows["tokens_count"] = index, count
         return index, count
 
-    def _all(self, newest: Tensor) -> Tensor:
-        """bool [B]: rows, newest token at `newest`, that hold no more than is attended anyway."""
-        return newest < self.n_init + self.top_k + self.n_local
-
-    def _tally(self, kv: KV, ctx: Ctx, newest: Tensor, like: Tensor | None) -> None:
-        """Count this sparse step, and whether it took tokens again, for `status`. The host does not wait."""
+    def _count(self, kv: KV, ctx: Ctx, newest: Tensor) -> None:
+        """Count a step that votes in every row; the others are counted where queries are compared."""
         import torch
 
-        there = newest >= 0
-        now = torch.stack([there, there & like if like is not None else torch.zeros_like(there)], -1).long()
-        kv.rows["tokens_tally"] = now + kv.rows.get("tokens_tally", 0)  # int64 [B, 2]: steps, hits
-        steps, hits = kv.rows["tokens_tally"].sum(0)
-        ctx.report["sparse steps"], ctx.report["hit rate"] = kv.rows["tokens_tally"][:, 0], hits / steps.clamp(min=1)
+        old, there = kv.rows.get("tokens_tally"), (newest >= 0).long()
+        steps, hits = (there, torch.zeros_like(there)) if old is None else (old[:, 0] + there, old[:, 1])
+        kv.rows["tokens_tally"] = torch.stack([steps, hits], -1)  # int64 [B, 2]
 
     def votes(
         self, q: Tensor, kv: KV, newest: Tensor, skip: Tensor | None = None, shard: Shard | None = None

@@ -13,7 +13,7 @@ from interpreter import DEVICE, FORMS, HALF, INTERPRETED, mend_interpreter, need
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors import backends, dispatch, gather_decode, naive
+from attnpatch.executors import backends, dispatch, gather_decode, naive, votes
 
 if INTERPRETED:
     mend_interpreter()
@@ -175,6 +175,39 @@ def test_rows_without_keys_give_zeros(form, layer):
     assert (out[0] == 0).all() and (lse[0] == float("-inf")).all() and torch.isfinite(lse[1]).all()
 
 
+@pytest.mark.parametrize("parts", [
+    {"width": 0, "columns": 9}, {"columns": 9}, {"counts": False}, {"width": 0, "columns": 9, "window": 5, "sink": 2},
+    {"heads": "1", "columns": 9, "page": 7},
+], ids=lambda p: "+".join(p))  # fmt: skip
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("short", [0, 9], ids=["full", "padded"])
+def test_rows_that_attend_everything(form, short, softcap, parts):
+    """And what they leave: the logits, and the log-sum-exp of the parts, for the votes of the same query."""
+    q, kv, ctx = problem(150, batch=3, short=short, device=form[1])
+    ctx.softcap = softcap
+    for row in (0, 2):
+        only, left = torch.arange(3, device=form[1]) != row, {}
+        selection = replace(lists(q, kv, **{"heads": "Hkv", **parts}), only=only, leave=left)
+        check(form[0], q, kv, selection, ctx)
+        assert set(left) == ({"logits", "lse"} if form[0] == "triton" else set())
+        given = {"end": ctx.q_pos[:, 0], "late": -1, "scaling": ctx.scaling, "softcap": softcap, "heads": 2}
+        for reduce in ("max", "mean"):
+            wanted = votes.run(q, kv.k, **given, reduce=reduce, _backend="torch")
+            found = votes.run(q, kv.k, **given, reduce=reduce, skip=only, known=left, _backend=form[0])
+            torch.testing.assert_close(found[row], wanted[row], atol=1e-5, rtol=1e-5)
+    whole = replace(selection, only=torch.zeros(3, dtype=torch.bool, device=form[1]))
+    out, _ = check(form[0], q, kv, whole, ctx)
+    torch.testing.assert_close(out, naive.run(q, kv, Selection(), ctx)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_attend_everything_between_holes(form):
+    q, kv, ctx = holed(83, device=form[1])
+    only = torch.tensor([False, True], device=form[1])
+    check(form[0], q, kv, replace(lists(q, kv, columns=9, sink=3), only=only), ctx)
+    ctx.q_pos = torch.tensor([[-1], [30]], device=form[1])
+    check(form[0], q, kv, replace(lists(q, kv, columns=9, window=3), only=only), ctx)
+
+
 def test_a_window_of_the_model(form):
     for layer in (problem, holed):
         q, kv, ctx = layer(70, device=form[1])
@@ -248,6 +281,9 @@ def test_refusals():
         gather_decode.run(q, kv, Selection(), ctx)
     with pytest.raises(InputError, match="expected \\[1 or 2, 1, 2 or 8, ...\\]"):
         gather_decode.run(q, kv, Selection(torch.zeros(2, 3, 1, 1, dtype=torch.int32)), ctx)
+    only = Selection(torch.zeros(2, 1, 1, 1, dtype=torch.int32), only=torch.ones(2, dtype=torch.bool))
+    with pytest.raises(InputError, match="only goes with the lists of a decode step; row_lists knows no rows"):
+        dispatch.run(torch.cat([q, q], 2), kv, only, ctx)
     ctx.mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
     with pytest.raises(ConfigError, match="takes no 4-D mask"):
         gather_decode.run(q, kv, Selection(window=3), ctx)

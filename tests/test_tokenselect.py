@@ -109,6 +109,26 @@ def test_status_tells_the_hit_rate(threshold, rate):
                 assert report["sparse steps"] == 10 and report["hit rate"] == pytest.approx(rate)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_turn_back_by_pairs_of_channels_is_the_turn_back(name):
+    model, seen = tiny(name), []
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    select = TokenSelect.select
+
+    def look(self, q, kv, ctx):
+        pairs, back = ctx.pairs(), ctx.back(q)
+        turned = q[:, :, 0].float() if pairs is None else pairs.turned(q[:, :, 0])
+        torch.testing.assert_close(turned, back[:, :, 0], atol=1e-5, rtol=1e-5)
+        seen.append(pairs is None)
+        return select(self, q, kv, ctx)
+
+    with attnpatch.patched(model, "tokenselect", **{**BASE, "prefill": False}), pytest.MonkeyPatch.context() as change:
+        change.setattr(TokenSelect, "select", look)
+        model.generate(torch.randint(2, 97, (2, 9)) * mask, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert seen and not all(seen) or name == "mistral_sw"  # whose layers are left alone
+
+
 def test_a_short_row_stays_dense_beside_a_long_one():
     """While a row holds no more than is attended, no kept vote may hide what left its window."""
     model, ids = tiny("llama"), torch.randint(2, 97, (2, 60), generator=torch.Generator().manual_seed(3))

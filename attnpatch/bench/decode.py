@@ -23,6 +23,7 @@ from attnpatch.bench.prefill import structured
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.executors import backends, dense, dispatch
+from attnpatch.executors.likeness import Pairs, partners
 from attnpatch.patch import Patch
 
 FULL, QUICK = (32768, 131072), (900,)
@@ -75,11 +76,13 @@ def layers(length: int, heads: tuple[int, int, int], count: int, device: torch.d
     q, k, v = structured(length, heads, device, dtype)
     q, pos = q[:, :, -1:].clone(), torch.arange(length, device=device, dtype=torch.int32)[None, None]
     matrix, found = turned_back(length - 1, heads[2], device), []
+    partner: Any = partners(matrix[None])
+    pairs = Pairs.of(matrix[None], partner)
     for _ in range(count):
         kv = KV(k.clone(), v.clone(), pos, ordered=True, aligned=True)
         ctx = Ctx(0, 1, "decode", "step", pos[:, 0, -1:].long(), (), heads[2] ** -0.5, ragged=False)
         ctx.turn = lambda x, by: x @ matrix
-        ctx.back = lambda x: x.float() @ matrix
+        ctx.back, ctx.pairs = lambda x: x.float() @ matrix, lambda: pairs
         found.append(Layer(q, kv, ctx))
     return found
 
@@ -114,11 +117,13 @@ def choose(patch: Patch, layer: Layer) -> Any:
 
 
 def tokenselect(patch: Patch, layer: Layer) -> Iterator[tuple[str, Callable[[], Any]]]:
+    pairs = layer.ctx.pairs()
+    none = Pairs(pairs.same * float("nan"), *pairs[1:])
     for name in ("hit", "miss"):
         own = layer.fresh()
         step(patch, own)
         if name == "miss":  # a query of NaN is like no other
-            own.ctx.back = lambda x: layer.ctx.back(x) * float("nan")
+            own.ctx.pairs = lambda: none
         now: dict[str, Any] = {"tokens_slots": own.kv.S - 1}
         yield name, again(patch, own, **now)
         yield f"{name} choosing", again(patch, own, choose, **now)
@@ -248,7 +253,7 @@ def steps(
 
 def main(argv: list[str] | None = None) -> None:
     """Measure every length and write the JSON after each."""
-    rotation = "the matrix that turns a query back is made once a step for all layers; its making is not timed"
+    rotation = "the angles that turn a query back are made once a step for all layers; their making is not timed"
     steps(parser(__doc__), argv, "structured input", row, rotation=rotation)
 
 

@@ -158,6 +158,7 @@ def _patched(
     if plan.rope is not None:
         ctx.turn = lambda x, by: plan.rope.turn(x, index, by)
         ctx.back = lambda x: call.unturned(x, index)
+        ctx.pairs = lambda: call.pairs(q, index)
     reweighters = plan.reweighters[call.phase] if ordinal is not None else ()
     extra = layer.extra  # what this call finds; `keep` may change it for the next
     want_lse = bool(reweighters) or extra is not None or any(p.needs_lse for p in observers)

@@ -13,6 +13,7 @@ from attnpatch.engine.shards import WHOLE, Shard
 from attnpatch.engine.tally import Tally
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import dense
+from attnpatch.executors.likeness import Pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,8 +154,10 @@ class Ctx:
     turn: Any = None  # turn(x [B, H, T, D], by [B, T]): x as if `by` positions further on; for `needs_rope`
     back: Any = None  # back(x [B, H, 1, D]): x of this step's tokens as if at position 0, fp32; for `needs_rope`
     ragged: bool = True  # rows may hold different numbers of tokens (padding)
+    pairs: Any = None  # pairs() -> `likeness.Pairs` of the turn that `back` is, or None where it is none of pairs
     bytes_per_token: float | None = None
-    report: dict[str, Tensor] = field(default_factory=dict)  # numbers to show in status (their mean), by name
+    # numbers to show in status, by name: their mean, or of a pair of tensors the sum of one over that of the other
+    report: dict[str, Any] = field(default_factory=dict)
     tally: Tally = cast(Tally, None)  # a method adds to `scored` what it reads to choose
     untouched: tuple[bool, ...] = ()  # rows that keep all they hold, whatever the budget
     at: Any = None  # at(j): KV of covered layer j as it is now, for decisions on earlier layers
@@ -220,6 +223,7 @@ class Call:
         self._lengths: dict[Any, Any] = {}
         self._limits: dict[Any, Limits | None] = {}
         self._unturned: dict[Any, Tensor] = {}
+        self._pairs: dict[Any, Pairs] = {}
         self.event = cache.begin(length, self.before) if cache is not None else "prompt"
 
     @property
@@ -323,13 +327,28 @@ class Call:
 
         The layers share the turn, a matrix: to build it takes longer than to apply it.
         """
-        rope = self.plan.rope
-        if index not in rope.turned:
+        if index not in self.plan.rope.turned:
             return x.float()
+        return (x[:, :, 0].float() @ self._matrix(x, index)[1])[:, :, None]
+
+    def pairs(self, x: Tensor, index: int) -> Pairs | None:
+        """The same turn as `Pairs`; None where it is none, or no rotation of pairs of channels."""
+        rope = self.plan.rope
+        partner = rope.partner(index, x.shape[3], x.device) if index in rope.turned else None
+        if partner is None:
+            return None
+        key, matrix = self._matrix(x, index)
+        if key not in self._pairs:
+            self._pairs[key] = Pairs.of(matrix, partner)
+        return self._pairs[key]
+
+    def _matrix(self, x: Tensor, index: int) -> tuple[Any, Tensor]:
+        """fp32 [B, D, D] that turns x [B, H, 1, D] of layer `index` back, and what it is kept under."""
+        rope = self.plan.rope
         key = (None if rope.types is None else rope.types[index], x.shape[0], x.shape[3], x.device)
         if key not in self._unturned:
             self._unturned[key] = rope.matrix(index, -self.q_pos(x.shape[0], x.device), x.shape[3])
-        return (x[:, :, 0].float() @ self._unturned[key])[:, :, None]
+        return key, self._unturned[key]
 
     def q_pos(self, batch: int, device: torch.device) -> Tensor:
         """True positions [B, T], -1 for padding: in the fed order, or real tokens first where `order` moves them."""

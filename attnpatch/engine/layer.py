@@ -62,7 +62,7 @@ class PatchLayer(DynamicLayer):
         self.pages: Any = None  # pairs of attended pages so far, fp32 [B, H]; of `grid` of causal pages
         self.grid = 0
         self.watch: Any = None  # Stopwatch of choosing and computing in prefill
-        self.report: dict[str, Tensor] = {}  # what a method tells of itself, for status
+        self.report: dict[str, Any] = {}  # what a method tells of itself, for status
         self.tally = Tally()  # what decode steps of a selecting method read
         self.tail: tuple[Tensor, Tensor] | None = None  # earlier chunks' last queries and their positions
         self._spare: tuple[Tensor, Tensor] | None = None  # one free slot after a drop: the next append is in place

@@ -8,6 +8,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.errors import UnsupportedModelError
+from attnpatch.executors.likeness import partners
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,7 @@ class Rope:
             )
         by_layer = attentions and "layer_type" in signature(module.forward).parameters
         self.types = list(decoder.config.layer_types) if by_layer else None
+        self._partners: dict[Any, Any] = {}  # layer type -> int32 [D] or None
         try:
             self.turned = {i for i, a in attentions.items() if self._depends_on_positions(decoder, a, i)}
         except (AttributeError, RuntimeError, TypeError) as error:
@@ -67,6 +69,10 @@ class Rope:
                 for p in at
             )
             self.rotate(x.new_zeros(1, 1, 2, attention.head_dim), layer, at[0])
+            kind = None if self.types is None else self.types[layer]
+            if kind not in self._partners:
+                both = self.matrix(layer, at[1].T * 7 + 1000, attention.head_dim)  # turns by 1000 and 1063
+                self._partners[kind] = partners(both)
         return not torch.equal(near, far)
 
     def angles(self, x: Tensor, layer: int, pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +89,16 @@ class Rope:
 
         eye = torch.eye(dim, device=by.device)[None, :, None].expand(by.shape[0], -1, -1, -1)  # a vector as a head
         return self.rotate(eye, layer, by)[:, :, 0]
+
+    def partner(self, layer: int, dim: int, device: Any) -> Tensor | None:
+        """int32 [D]: the channel that each is rotated with (`likeness.partners`); None where more go into one."""
+        kind = None if self.types is None else self.types[layer]
+        found, key = self._partners[kind], (kind, device)
+        if found is None or len(found) != dim:
+            return None
+        if key not in self._partners:  # brought there once: a CUDA graph may copy nothing from elsewhere
+            self._partners[key] = found.to(device)
+        return self._partners[key]
 
     def rotate(self, x: Tensor, layer: int, by: Tensor) -> Tensor:
         """`turn`, whether the layer rotates or not."""

@@ -26,6 +26,14 @@ class Tally:
     held: Any = 0
     _now: Any = 0
 
+    def counter(self, batch: int, device: torch.device) -> torch.Tensor:
+        """`scored` as int64 [batch] that a method may change in place."""
+        if not isinstance(self.scored, torch.Tensor):
+            self.scored = torch.full((batch,), self.scored, dtype=torch.int64, device=device)
+        elif self.scored.is_inference() and not torch.is_inference_mode_enabled():
+            self.scored = self.scored.clone()
+        return self.scored
+
     def pick(self, pick: Any) -> Tally:
         """The counters after a row operation (beams, repeats)."""
         values = (getattr(self, f.name) for f in fields(self))
@@ -43,6 +51,8 @@ class Tally:
             named = named + term.index.shape[-1] * term.page
         if term.columns is not None:
             named = named + term.columns.shape[-1]
+        if term.only is not None:
+            named = torch.where(term.only, named, kv.S)  # [B]
         self._now = self._now + named
 
     def close(self, kv: KV, ctx: Ctx, whole: bool = False) -> None:

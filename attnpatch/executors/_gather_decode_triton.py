@@ -49,21 +49,50 @@ def _named(
     return slot, listed, close
 
 
+@triton.jit
+def _attend(
+    Q, K, V, LOGITS, slot, seen, m, d, k_step, v_step, slots, scale, cap, acc, top, mass,
+    D: tl.constexpr, ROWS: tl.constexpr, SOFTCAP: tl.constexpr, LEAVE: tl.constexpr,
+):  # fmt: skip
+    """(acc, top, mass) with the keys at `slot` [N] that are seen; Q is the queries [M, D] themselves."""
+    inside = seen[:, None] & (d < D)[None, :]
+    at = slot.to(tl.int64)[:, None]
+    key = tl.load(K + at * k_step + d[None, :], mask=inside, other=0.0)  # [N, D]
+    value = tl.load(V + at * v_step + d[None, :], mask=inside, other=0.0)
+    logits = tl.dot(Q, tl.trans(key), input_precision="ieee") * scale  # [M, N]
+    if SOFTCAP:
+        # tanh; exp2 to infinity or zero is right
+        logits = cap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634 / cap)) + 1.0))
+    logits = tl.where(seen[None, :], logits * 1.4426950408889634, float("-inf"))
+    if LEAVE:
+        tl.store(
+            LOGITS + m[:, None] * slots + slot[None, :], logits, mask=(m < ROWS)[:, None] & (slot < slots)[None, :]
+        )
+    highest = tl.maximum(top, tl.max(logits, 1))
+    base = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen yet
+    weight = tl.exp2(logits - base[:, None])
+    shrink = tl.exp2(top - base)
+    mass = mass * shrink + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+    return acc, highest, mass
+
+
 @triton.jit(do_not_specialize=["slots", "width", "columns", "sink", "window", "reach", "splits"])
 def _part(
-    Q, K, V, POS, QPOS, INDEX, COUNT, COLUMNS, PART, LSE,
+    Q, K, V, POS, QPOS, INDEX, COUNT, COLUMNS, ONLY, PART, LSE, LOGITS,
     q_batch, q_head, k_batch, k_head, k_step, v_batch, v_head, v_step, pos_batch, pos_head, qpos_batch,
     index_batch, index_head, count_batch, count_head, columns_batch, columns_head,
     scale, cap, slots, width, columns, sink, window, reach, splits, units, share,
     index_share, count_share, columns_share,
     D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     LISTS: tl.constexpr, COUNTS: tl.constexpr, COLS: tl.constexpr, AT: tl.constexpr, HOLES: tl.constexpr,
-    SCAN: tl.constexpr, SOFTCAP: tl.constexpr,
+    SCAN: tl.constexpr, SOFTCAP: tl.constexpr, ALL: tl.constexpr, LEAVE: tl.constexpr,
 ):  # fmt: skip
     """PART fp32 [B * Hq, splits, D], LSE fp32 [B * Hq, splits], base 2. A unit is ROWS query heads with one list.
 
     *share: units that read the same KV head or list. AT: QPOS holds the row's position, else it is the last slot.
     HOLES: positions are read from POS. SCAN: then sink and window keys may be anywhere. reach: of the model's window.
+    ALL: rows whose ONLY is 0 attend everything; LEAVE: their logits go to LOGITS fp32 [B * Hq, slots].
     """
     split, batch, unit = tl.program_id(0), tl.program_id(1) // units, tl.program_id(1) % units
     batch, unit = batch.to(tl.int64), unit.to(tl.int64)
@@ -72,6 +101,7 @@ def _part(
     POS += batch * pos_batch + unit // share * pos_head
     INDEX += batch * index_batch + unit // index_share * index_head
     COLUMNS += batch * columns_batch + unit // columns_share * columns_head
+    LOGITS += (batch * units + unit) * ROWS * slots
     m, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, WIDE)
     head = unit * ROWS + m
     mask = (m < ROWS)[:, None] & (d < D)[None, :]
@@ -90,6 +120,9 @@ def _part(
         start = tl.maximum(sink, row - window + 1)
         near = sink + tl.maximum(row + 1 - start, 0)
     total = width * PAGE + columns + near
+    if ALL:
+        listing = tl.load(ONLY + batch) != 0
+        total = tl.where(listing, total, slots)
     each = tl.cdiv(tl.cdiv(total, splits), N) * N
     first = split * each
     last = tl.minimum(first + each, total)
@@ -98,7 +131,21 @@ def _part(
     acc = tl.zeros([M, WIDE], tl.float32)
     top = tl.full([M], float("-inf"), tl.float32)
     mass = tl.zeros([M], tl.float32)
-    for begin in range(first, last, N):
+    end = last
+    if ALL:  # slot after slot, which the loads need not wait for a list to name
+        end = tl.where(listing, last, first)
+        for begin in range(first, tl.where(listing, first, last), N):
+            slot = begin + n
+            seen = slot < last
+            pos = slot
+            if HOLES:
+                pos = tl.load(POS + slot, mask=seen, other=-1).to(tl.int32)
+            seen = seen & (pos >= 0) & (pos <= row) & (row - pos < reach)
+            acc, top, mass = _attend(
+                q, K, V, LOGITS, slot, seen, m, d, k_step, v_step, slots, scale, cap, acc, top, mass,
+                D, ROWS, SOFTCAP, LEAVE,
+            )  # fmt: skip
+    for begin in range(first, end, N):
         slot, listed, close = _named(
             begin + n, width, columns, sink, near, start, INDEX, COLUMNS, PAGE, LISTS, COLS, SCAN
         )
@@ -109,22 +156,10 @@ def _part(
         # a listed key that is close counts by its position alone
         seen = seen & (pos >= 0) & (pos <= row) & (row - pos < reach)
         seen = seen & (((pos < sink) | (pos > row - window)) == close)
-        inside = seen[:, None] & (d < D)[None, :]
-        at = slot.to(tl.int64)[:, None]
-        key = tl.load(K + at * k_step + d[None, :], mask=inside, other=0.0)  # [N, D]
-        value = tl.load(V + at * v_step + d[None, :], mask=inside, other=0.0)
-        logits = tl.dot(q, tl.trans(key), input_precision="ieee") * scale  # [M, N]
-        if SOFTCAP:
-            # tanh; exp2 to infinity or zero is right
-            logits = cap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634 / cap)) + 1.0))
-        logits = tl.where(seen[None, :], logits * 1.4426950408889634, float("-inf"))
-        highest = tl.maximum(top, tl.max(logits, 1))
-        base = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen yet
-        weight = tl.exp2(logits - base[:, None])
-        shrink = tl.exp2(top - base)
-        mass = mass * shrink + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-        top = highest
+        acc, top, mass = _attend(
+            q, K, V, LOGITS, slot, seen, m, d, k_step, v_step, slots, scale, cap, acc, top, mass,
+            D, ROWS, SOFTCAP, False,
+        )  # fmt: skip
 
     safe = tl.where(mass == 0.0, 1.0, mass)
     place = ((batch * units + unit) * ROWS + m) * splits + split  # [M]
@@ -180,7 +215,7 @@ def launch(
     read: positions are read, slots may differ from them or be empty; scan: they lie anywhere.
     """
     (batch, heads, _, dim), (kv_heads, slots) = q.shape, kv.k.shape[1:3]
-    index, count = selection.index, selection.count
+    index, count, only, leave = selection.index, selection.count, selection.only, selection.leave
     index, columns = (None if x is None else rowwise(x) for x in (index, columns))
     units = max([kv_heads, *(x.shape[1] for x in (index, count, columns) if x is not None)])
     q, k, v = rowwise(q), rowwise(kv.k), rowwise(kv.v)
@@ -188,21 +223,26 @@ def launch(
     width, wide = 0 if index is None else index.shape[3], 0 if columns is None else columns.shape[2]
     sizes = shapes(dim, q.element_size(), heads // units, selection.page)
     near = slots if scan else min(selection.sink + selection.window, slots)
-    most = -(-(width * selection.page + wide + near) // sizes["N"])
+    most = -(-max(width * selection.page + wide + near, 0 if only is None else slots) // sizes["N"])
     splits = max(1, min(most, PER_SM * processors(q.device) // (batch * units), 128))
     part = torch.empty(batch * heads * splits * (dim + 1), dtype=torch.float32, device=q.device)
     part, part_lse = part[: batch * heads * splits * dim], part[batch * heads * splits * dim :]
+    logits = part
+    if only is not None and leave is not None:
+        logits = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
+        leave.update(logits=logits, lse=part_lse.view(batch, heads, splits))
     shares = [1 if x is None else units // x.shape[1] for x in (index, count, columns)]
     _part[(splits, batch * units)](
         q, k, v, pos, q if ctx.q_pos is None else ctx.q_pos,
-        *(q if x is None else x for x in (index, count, columns)), part, part_lse,
+        *(q if x is None else x for x in (index, count, columns)), q if only is None else only.view(torch.uint8),
+        part, part_lse, logits,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         *(strides(pos, 2) if read else (0, 0)), *strides(ctx.q_pos, 1),
         *strides(index, 2), *strides(count, 2), *strides(columns, 2),
         float(ctx.scaling), float(ctx.softcap or 1.0), slots, width, wide, selection.sink, selection.window,
         2**31 - 1 if ctx.window is None else ctx.window, splits, units, units // kv_heads, *shares,
         LISTS=index is not None, COUNTS=count is not None, COLS=columns is not None, AT=ctx.q_pos is not None,
-        HOLES=read, SCAN=scan, SOFTCAP=ctx.softcap is not None, **sizes,
+        HOLES=read, SCAN=scan, SOFTCAP=ctx.softcap is not None, ALL=only is not None, LEAVE=logits is not part, **sizes,
     )  # fmt: skip
     out = torch.empty(batch, 1, heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, 1, dtype=torch.float32, device=q.device) if want_lse else None

@@ -6,33 +6,73 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors.launching import rowwise, strides
+from attnpatch.executors.likeness import Pairs
 
-@triton.jit(do_not_specialize=["n"])
+
+@triton.jit(do_not_specialize=["read", "least"])
 def _kernel(
-    QUERY, KEPT, QPOS, LIKE, query_batch, kept_batch, qpos_batch, threshold, n, N: tl.constexpr, ABOVE: tl.constexpr
-):
-    """LIKE uint8 [B]."""
+    QUERY, KEPT, QPOS, SAME, OTHER, PARTNER, TALLY, SCORED, LIKE,
+    query_batch, query_head, kept_batch, qpos_batch, same_batch, other_batch, tally_batch, threshold, least, read,
+    HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, MEAN: tl.constexpr,
+    TURN: tl.constexpr, COUNT: tl.constexpr, READ: tl.constexpr, ABOVE: tl.constexpr,
+):  # fmt: skip
+    """LIKE uint8 [B]; a query is [HEADS, D], what is kept of it fp32 [HEADS * D], or [D] of the mean."""
     row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, N)
-    new = tl.load(QUERY + row * query_batch + i, mask=i < n, other=0.0)
-    old = tl.load(KEPT + row * kept_batch + i, mask=i < n, other=0.0)
-    idle = tl.load(QPOS + row * qpos_batch) < 0
-    norms = tl.sqrt(tl.sum(new * new, 0)) * tl.sqrt(tl.sum(old * old, 0))
-    cosine = tl.sum(new * old, 0) / tl.maximum(norms, 1e-16)
+    h, d = tl.arange(0, H)[:, None], tl.arange(0, WIDE)[None, :]
+    inside = (h < HEADS) & (d < D)
+    QUERY += row * query_batch + h * query_head
+    new = tl.load(QUERY + d, mask=inside, other=0.0).to(tl.float32)  # [H, WIDE]
+    if MEAN:
+        new = tl.sum(new, 0, keep_dims=True) / HEADS
+    if TURN:
+        partner = tl.load(PARTNER + d, mask=d < D, other=0)
+        other = tl.load(QUERY + partner, mask=inside, other=0.0).to(tl.float32)
+        if MEAN:
+            other = tl.sum(other, 0, keep_dims=True) / HEADS
+        new = new * tl.load(SAME + row * same_batch + d, mask=d < D, other=0.0)
+        new += other * tl.load(OTHER + row * other_batch + d, mask=d < D, other=0.0)
+    if MEAN:
+        at, held = d, d < D
+    else:
+        at, held = h * D + d, inside
+    KEPT += row * kept_batch
+    old = tl.load(KEPT + at, mask=held, other=0.0)
+    pos = tl.load(QPOS + row * qpos_batch)
+    norms = tl.sqrt(tl.sum(tl.sum(new * new, 1), 0)) * tl.sqrt(tl.sum(tl.sum(old * old, 1), 0))
+    cosine = tl.sum(tl.sum(new * old, 1), 0) / tl.maximum(norms, 1e-16)
     like = cosine >= threshold
     if ABOVE:
         like = cosine > threshold
-    like = like | idle
-    tl.store(KEPT + row * kept_batch + i, new, mask=(i < n) & (like == 0))
+    like = like | (pos < 0)
+    short = (pos >= 0) & (pos < least)
+    tl.store(KEPT + at, tl.where(short, float("nan"), new), mask=held & ((like == 0) | short))
     tl.store(LIKE + row, like.to(tl.uint8))
+    if COUNT:
+        TALLY += row * tally_batch
+        tl.store(TALLY, tl.load(TALLY) + (pos >= 0).to(tl.int64))
+        tl.store(TALLY + 1, tl.load(TALLY + 1) + (like & (pos >= 0)).to(tl.int64))
+    if READ:
+        tl.store(SCORED + row, tl.load(SCORED + row) + tl.where(like, 0, read).to(tl.int64))
 
 
-def launch(query: torch.Tensor, kept: torch.Tensor, q_pos: torch.Tensor, threshold: float, above: bool) -> torch.Tensor:
+def launch(
+    query: torch.Tensor, kept: torch.Tensor, q_pos: torch.Tensor, threshold: float, above: bool,
+    turn: Pairs | None, mean: bool, least: int, tally: torch.Tensor | None, scored: torch.Tensor | None, read: int,
+) -> torch.Tensor:  # fmt: skip
     """As `likeness.run`."""
     like = torch.empty(query.shape[0], dtype=torch.bool, device=query.device)
-    query, width = query.contiguous(), triton.next_power_of_2(query.shape[1])
+    query = rowwise(query if query.ndim == 3 else query[:, None])
+    _, heads, dim = query.shape
+    high, wide = triton.next_power_of_2(heads), max(16, triton.next_power_of_2(dim))
+    same, other, partner = (query,) * 3 if turn is None else (rowwise(turn.same), rowwise(turn.other), turn.partner)
+    spread = (0, 0) if turn is None else (*strides(same, 1), *strides(other, 1))
     _kernel[(query.shape[0],)](
-        query, kept, q_pos, like.view(torch.uint8), query.stride(0), kept.stride(0), q_pos.stride(0),
-        float(threshold), query.shape[1], N=max(16, width), ABOVE=above, num_warps=8 if width > 1024 else 4,
+        query, kept, q_pos, same, other, partner, query if tally is None else tally,
+        query if scored is None else scored, like.view(torch.uint8),
+        *query.stride()[:2], kept.stride(0), q_pos.stride(0), *spread, 0 if tally is None else tally.stride(0),
+        float(threshold), least, read, HEADS=heads, H=high, D=dim, WIDE=wide, MEAN=mean, TURN=turn is not None,
+        COUNT=tally is not None, READ=scored is not None, ABOVE=above,
+        num_warps=4 if high * wide <= 1024 else 8 if high * wide <= 8192 else 16,
     )  # fmt: skip
     return like

@@ -65,9 +65,12 @@ def _logits(
 def _reduce(
     LOGITS, TOP, MASS, END, SKIP, OUT, end_batch, slots, first, late, parts, outs,
     HEADS: tl.constexpr, H: tl.constexpr, N: tl.constexpr, CUTS: tl.constexpr, KIND: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_MASS: tl.constexpr,
 ):  # fmt: skip
-    """OUT fp32 [B, outs, slots]: sum, max or mean of the probabilities of the HEADS query heads of each."""
+    """OUT fp32 [B, outs, slots]: sum, max or mean of the probabilities of the HEADS query heads of each.
+
+    Without HAS_MASS, TOP is the log-sum-exp of each part.
+    """
     batch, out = tl.program_id(1) // outs, tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + batch) != 0:
@@ -79,7 +82,9 @@ def _reduce(
     row = (out * HEADS + h)[:, None]  # [H, 1]
     some = (h < HEADS)[:, None] & (c < parts)[None, :]
     top = tl.load(TOP + row * parts + c[None, :], mask=some, other=float("-inf"))  # [H, CUTS]
-    mass = tl.load(MASS + row * parts + c[None, :], mask=some, other=0.0)
+    mass = tl.where(some, 1.0, 0.0)
+    if HAS_MASS:
+        mass = tl.load(MASS + row * parts + c[None, :], mask=some, other=0.0)
     highest = tl.max(top, 1)
     base = tl.where(highest == float("-inf"), 0.0, highest)
     mass = tl.sum(mass * tl.exp2(top - base[:, None]), 1)
@@ -113,27 +118,33 @@ def shapes(dim: int, size: int, rows: int) -> dict[str, int]:
 def launch(
     q: torch.Tensor, k: torch.Tensor, first: int, end: torch.Tensor, late: int, scaling: float,
     softcap: float | None, reduce: str, outs: int, skip: torch.Tensor | None,
+    known: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """fp32 [B, outs, S], as `votes.run`."""
     (batch, heads, _, dim), (kv_heads, slots) = q.shape, k.shape[1:3]
-    q, k = rowwise(q), rowwise(k)
-    sizes = shapes(dim, q.element_size(), heads // kv_heads)
-    parts = max(1, min(-(-slots // sizes["N"]), PER_SM * processors(q.device) // (batch * kv_heads), PARTS))
-    logits = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
-    stats = torch.empty(2, batch * heads * parts, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, outs, slots, dtype=torch.float32, device=q.device)
     marks = {"HAS_SKIP": skip is not None}
     flag = end if skip is None else skip.contiguous().view(torch.uint8)
-    _logits[(parts, batch * kv_heads)](
-        q, k, end, flag, logits, stats[0], stats[1], *q.stride()[:2], *k.stride()[:3], end.stride(0),
-        float(scaling), float(softcap or 1.0), slots, first, late, parts, kv_heads,
-        SOFTCAP=softcap is not None, **marks, **sizes,
-    )  # fmt: skip
+    if known:
+        logits, top = known["logits"], known["lse"]
+        mass, parts = top, top.shape[2]
+    else:
+        q, k = rowwise(q), rowwise(k)
+        sizes = shapes(dim, q.element_size(), heads // kv_heads)
+        parts = max(1, min(-(-slots // sizes["N"]), PER_SM * processors(q.device) // (batch * kv_heads), PARTS))
+        logits = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
+        top, mass = torch.empty(2, batch * heads * parts, dtype=torch.float32, device=q.device)
+        _logits[(parts, batch * kv_heads)](
+            q, k, end, flag, logits, top, mass, *q.stride()[:2], *k.stride()[:3], end.stride(0),
+            float(scaling), float(softcap or 1.0), slots, first, late, parts, kv_heads,
+            SOFTCAP=softcap is not None, **marks, **sizes,
+        )  # fmt: skip
     per = heads // outs
     wide = triton.next_power_of_2(per)
     width = max(64, min(1024, 8192 // wide))
     _reduce[(-(-slots // width), batch * outs)](
-        logits, stats[0], stats[1], end, flag, out, end.stride(0), slots, first, late, parts, outs,
-        HEADS=per, H=wide, N=width, CUTS=triton.next_power_of_2(parts), KIND=reduce, **marks, num_warps=4,
+        logits, top, mass, end, flag, out, end.stride(0), slots, first, late, parts, outs,
+        HEADS=per, H=wide, N=width, CUTS=triton.next_power_of_2(parts), KIND=reduce, HAS_MASS=not known, **marks,
+        num_warps=4,
     )  # fmt: skip
     return out

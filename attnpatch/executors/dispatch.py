@@ -36,7 +36,10 @@ def run(
         return dense.run(q, kv, selection, ctx, want_lse)
     if selection.skip:
         raise InputError("Selection.skip goes with sink and window; lists leave keys out by not naming them.")
-    module = import_module(f"attnpatch.executors.{executor(selection, q.shape[2])}")
+    name = executor(selection, q.shape[2])
+    if selection.only is not None and name != "gather_decode":
+        raise InputError(f"Selection.only goes with the lists of a decode step; {name} knows no rows without them.")
+    module = import_module(f"attnpatch.executors.{name}")
     return module.run(q, kv, selection, ctx, want_lse)
 
 

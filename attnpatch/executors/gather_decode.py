@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from attnpatch.executors.launching import on
 from attnpatch.executors.lists import spread
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
+PAGE = 16
+"""Keys of a page where the torch form lists everything."""
 
 
 class _Call(NamedTuple):
@@ -68,7 +71,30 @@ def _run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bo
 
 
 def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
+    if selection.only is not None:
+        selection = _in_pages(selection, q.shape[0], kv.k.shape[1], kv.k.shape[2])
     return row_lists.run(q, kv, selection, ctx, want_lse, _backend="torch")
+
+
+def _in_pages(selection: Any, batch: int, kv_heads: int, slots: int) -> Any:
+    """The same set without `only`: rows that attend everything list every page, and no column."""
+    given = [x for x in (selection.index, selection.columns) if x is not None]
+    heads = max([1, *(x.shape[1] for x in given)])
+    page, other = selection.page if selection.index is not None else PAGE, ~selection.only[:, None, None]  # [B, 1, 1]
+    pages = -(-slots // page)
+    index = torch.arange(pages, dtype=torch.int32, device=other.device).expand(batch, heads, 1, -1)
+    count = (other.to(torch.int32) * pages).expand(-1, heads, -1)
+    columns = selection.columns
+    if selection.index is not None:
+        own, width = spread(selection.index, batch, heads), selection.index.shape[3]
+        most = torch.full((1, 1, 1), width, device=other.device) if selection.count is None else selection.count
+        index = torch.where(
+            other[..., None], index, torch.nn.functional.pad(own, (0, max(0, pages - width)))[..., :pages]
+        )
+        count = torch.where(other, pages, spread(most.to(torch.int32), batch, heads))
+    if columns is not None:
+        columns = columns.expand(batch, -1, -1).masked_fill(other, -1)
+    return replace(selection, index=index, count=count, page=page, columns=columns, only=None, leave=None)
 
 
 _RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {"triton": _run_triton, "torch": _run_torch}

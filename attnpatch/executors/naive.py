@@ -73,6 +73,8 @@ def selected(selection: Any, kv: Any, q_pos: torch.Tensor, heads: int) -> torch.
         meant = torch.arange(index.shape[3], device=index.device) < count[..., None]
         lists = _listed(index, meant, selection.page, slots)  # [B, Hq, R, S]
         seen = seen | lists.repeat_interleave(selection.bq or rows, dim=2)[:, :, :rows]
+    if selection.only is not None:
+        seen = seen | ~selection.only[:, None, None, None]
     return seen & (pos >= selection.skip)
 
 

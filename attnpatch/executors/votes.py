@@ -41,13 +41,14 @@ def _run_torch(
 def run(
     q: torch.Tensor, k: torch.Tensor, *, end: torch.Tensor, first: int = 0, late: int = 0, scaling: float = 1.0,
     softcap: float | None = None, reduce: str = "sum", heads: int = 1, skip: torch.Tensor | None = None,
-    _backend: str | None = None,
+    known: dict[str, torch.Tensor] | None = None, _backend: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Softmax of scaling * q . k over slots first .. end[b] - late - 1 of a row, reduced over heads; -inf elsewhere.
 
     q: [B, Hq, 1, D]; k: [B, Hkv, S, D], slots are positions and those named are filled; end: int [B].
     Returns fp32 [B, heads, S], of which each is the sum, max or mean over Hq / heads neighbouring query heads.
-    skip: bool [B], rows whose keys need not be read: what is returned of them is undefined.
+    skip: bool [B], rows whose keys need not be read: what is returned of them is undefined. known: what attention over
+    the same slots by the same queries left of the other rows (`Selection.leave`), which saves reading keys.
     """
     if q.shape[2] != 1 or q.shape[1] % heads or reduce not in REDUCE:
         raise InputError(
@@ -62,4 +63,4 @@ def run(
     from attnpatch.executors._votes_triton import launch
 
     with on(q.device):
-        return launch(q, k, first, end, late, scaling, softcap, reduce, heads, skip)
+        return launch(q, k, first, end, late, scaling, softcap, reduce, heads, skip, known)

@@ -110,7 +110,7 @@ def shapes(samples: int, dim: int, groups: int, *, few: bool = False, **config: 
         "num_stages": 2,
         **config,
     }
-    return {**sizes, "COLUMNS": _kth_triton.columns(children, sizes["num_warps"])}
+    return {**sizes, "COLUMNS": _kth_triton.columns(children, sizes["num_warps"], 4)}
 
 
 def launch(

@@ -11,38 +11,43 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-VECTOR = 4  # scores that a thread loads at once
 COLUMN = 8  # values of one thread that fields of four bits hold: below 16
 
 
-def columns(n: int, warps: int) -> int:
-    """Size of the second dimension in which n values lie (a power of two), such that a thread owns whole columns."""
-    return max(n // COLUMN, min(n, 32 * VECTOR * warps))
+def columns(n: int, warps: int, vector: int = 1) -> int:
+    """How many columns n values (a power of two) make such that each lies in one thread, which loads `vector` at once.
+
+    A kernel keeps to one at once if the length of a row is not specialized.
+    """
+    return max(n // COLUMN, min(n, 32 * vector * warps))
 
 
 @triton.jit
 def _tally(digit, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
-    """int32 [rows], two fields of 16 bits each: how many of digit uint32 [N] are at most d, for each d but the last.
-
-    The last one's field is 0. Fields hold 2**16 - 1: N is half of that at most.
-    """
-    if BITS == 4:  # digits 0 .. 15 in 16 fields
-        ones, last, row = 0x1111111111111111, 0x0FFFFFFFFFFFFFFF, tl.arange(0, 8)
-        word = tl.full([], ones, tl.int64)
-        start = 4 * (row % 4) + 32 * (row // 4)
+    """How many of digit uint32 [N] are at most d, for each d but the last, whose number is 0: two int32 [rows]."""
+    shift = tl.reshape(digit << 2, [N // COLUMNS, COLUMNS])
+    if BITS == 4:  # digits 0 .. 15 in 16 fields, of which each half adds up by itself
+        ones = tl.full([], 0x1111111111111111, tl.int64) << shift.to(tl.int64)
+        upper = tl.sum((ones >> 32).to(tl.int32), axis=0) & 0x0FFFFFFF  # [COLUMNS]
+        lower = tl.sum(ones.to(tl.int32), axis=0).to(tl.uint32, bitcast=True)
+        held = (upper.to(tl.int64) << 32) | lower.to(tl.int64)
+        row = tl.arange(0, 8)
+        start = (4 * (row % 4) + 32 * (row // 4)).to(tl.int64)
     else:  # digits 0 .. 7 in 8 fields
-        ones, last, row = 0x11111111, 0x0FFFFFFF, tl.arange(0, 4)
-        word = tl.full([], ones, tl.int32)
-        start = 4 * row
-    shift = tl.reshape(digit << 2, [N // COLUMNS, COLUMNS]).to(word.dtype)
-    held = tl.sum(word << shift, axis=0) & last  # [COLUMNS]
-    pair = (held[None, :] >> start.to(word.dtype)[:, None]).to(tl.int32) & 0x000F000F  # [rows, COLUMNS]
-    return tl.sum(pair, axis=1)
+        held = tl.sum(tl.full([], 0x11111111, tl.int32) << shift.to(tl.int32), axis=0) & 0x0FFFFFFF
+        start = 4 * tl.arange(0, 4)
+    pair = (held[None, :] >> start[:, None]).to(tl.int32) & 0x000F000F  # [rows, COLUMNS]
+    if N <= 32768:  # as one reduction
+        sums = tl.sum(pair, axis=1)
+        low, high = sums & 0xFFFF, (sums >> 16) & 0xFFFF
+    else:
+        low, high = tl.sum(pair & 0xFFFF, axis=1), tl.sum(pair >> 16, axis=1)
+    return low, high
 
 
 @triton.jit
 def bucket(far, wanted, count, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
-    """(base, span, above, equal): where the `wanted` least of far uint32 [N], N a power of two to 2**15, end.
+    """(base, span, above, equal): where the `wanted` least of far uint32 [N], N a power of two, end.
 
     `above` of them are below base, and the `equal` at base .. base + span are all alike or all wanted; with wanted <= 0
     nothing is below base. count (int32) of far are meant, the others have to be the highest uint32. BITS: 3 or 4.
@@ -56,16 +61,14 @@ def bucket(far, wanted, count, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.
         need = wanted - above
         # what is not in the bucket joins the last digit, whose number is what the others leave
         digit = tl.minimum((far - base) >> shift, (1 << BITS) - 1)
-        sums = _tally(digit, COLUMNS, N, BITS)
-        low, high = sums & 0xFFFF, (sums >> 16) & 0xFFFF
-        fewer = tl.sum((low < need).to(tl.int32), axis=0) + tl.sum((high < need).to(tl.int32), axis=0) - 1
-        over = tl.maximum(
-            tl.max(tl.where(low < need, low, 0), axis=0), tl.max(tl.where(high < need, high, 0), axis=0)
-        )  # fmt: skip
-        upto = tl.minimum(
-            tl.min(tl.where(low < need, equal, low), axis=0), tl.min(tl.where(high < need, equal, high), axis=0)
-        )
-        base += fewer.to(tl.uint32) << shift
+        low, high = _tally(digit, COLUMNS, N, BITS)
+        low = (low - need).to(tl.uint32, bitcast=True)  # too few wrap around, the last digit's among them
+        high = (high - need).to(tl.uint32, bitcast=True)
+        fewer = tl.sum(low >> 31, axis=0) + tl.sum(high >> 31, axis=0) - 1
+        over = need + tl.maximum(tl.max(low, axis=0), tl.max(high, axis=0)).to(tl.int32, bitcast=True)
+        upto = need + tl.minimum(tl.min(low, axis=0), tl.min(high, axis=0)).to(tl.int32, bitcast=True)
+        upto = tl.where(fewer == (1 << BITS) - 1, equal, tl.minimum(upto, equal))
+        base += fewer << shift
         span = (tl.full([], 1, tl.uint32) << shift) - 1
-        above, equal = above + over, tl.minimum(upto, equal) - over
+        above, equal = above + over, upto - over
     return base, span, above, equal

@@ -67,7 +67,7 @@ def _ties(edge, held, above, equal, limit, RULE: tl.constexpr):
     return tl.minimum(tl.maximum(fit, 0.0), equal.to(tl.float32)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _most(
     x, limit, out, count, n,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, LATER: tl.constexpr, MAP: tl.constexpr,
@@ -250,7 +250,7 @@ def launch(
 def _counting(n: int, config: dict[str, Any]) -> dict[str, int]:
     """Block sizes and launch settings of `_most` for rows of n."""
     block = max(32, triton.next_power_of_2(n))
-    sizes = {"BLOCK": block, "BITS": 4, "num_warps": min(16, max(1, block // 512)), **config}
+    sizes = {"BLOCK": block, "BITS": 4, "num_warps": min(16, max(1, block // 1024)), **config}
     return {**sizes, "COLUMNS": _kth_triton.columns(block, sizes["num_warps"])}
 
 

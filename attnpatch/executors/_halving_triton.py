@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors._kth_triton import kth
+from attnpatch.executors import _kth_triton
+from attnpatch.executors._kth_triton import bucket
 from attnpatch.executors.launching import processors, rowwise
 
 
@@ -34,7 +37,7 @@ def _kernel(
     start_batch, start_head, start_list, size_batch, size_head, size_list, lists, slots, origin, heads, group,
     SAMPLES: tl.constexpr, M: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr,
     CHILDREN: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
-    CENTER: tl.constexpr, LAST: tl.constexpr,
+    CENTER: tl.constexpr, LAST: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """SCORE int32 [programs, CHILDREN] scratch; NEW_START, NEW_SIZE int32 [programs, GROUPS]."""
     which, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
@@ -71,41 +74,54 @@ def _kernel(
     tl.debug_barrier()  # every thread reads what the others wrote
 
     c = tl.arange(0, CHILDREN)
-    score = tl.load(SCORE + program * CHILDREN + c, mask=c < 2 * GROUPS, other=-2147483648)
-    first, length, at = _child(START, SIZE, c, c < 2 * GROUPS, CENTER, LAST)
-    edge, left = kth(score, c < 2 * GROUPS, GROUPS)
-    over, tie = (score > edge).to(tl.int32), (score == edge).to(tl.int32)
-    tie = tl.where(c < 2 * GROUPS, tie, 0)
-    spare = tl.sum(tie, 0) - left  # the earliest ties, which fall out
-    kept = (over == 1) | ((tie == 1) & (tl.cumsum(tie, 0) > spare))
+    real = c < 2 * GROUPS
+    score = tl.load(SCORE + program * CHILDREN + c, mask=real, other=-2147483648)
+    first, length, at = _child(START, SIZE, c, real, CENTER, LAST)
+    far = (score ^ 0x7FFFFFFF).to(tl.uint32, bitcast=True)
+    base, span, above, equal = bucket(far, GROUPS, 2 * GROUPS, COLUMNS, CHILDREN, BITS)
+    over, tie = far < base, real & (far - base <= span)
+    spare = equal - (GROUPS - above)  # the earliest ties, which fall out
+    if spare > 0:
+        tie = tie & (tl.cumsum(tie.to(tl.int32), 0) > spare)
+    kept = over | tie
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(NEW_START + program * GROUPS + place, first, mask=kept)
     tl.store(NEW_SIZE + program * GROUPS + place, length, mask=kept)
 
 
-def shapes(samples: int, dim: int, groups: int, crowded: bool = True) -> dict[str, int]:
-    """Block sizes and launch settings. crowded: there are programs enough to hide each other's waiting."""
-    many = {"N": 64, "num_warps": 4, "num_stages": 2}
-    few = {"N": 256, "num_warps": 8, "num_stages": 1}  # a program then waits for fewer gathers
-    return {
+def shapes(samples: int, dim: int, groups: int, *, few: bool = False, **config: Any) -> dict[str, Any]:
+    """Block sizes and launch settings, overridden by N, BITS, num_warps and num_stages in config.
+
+    few: the programs do not fill the device, so each has many keys on their way at once.
+    """
+    children, tall = triton.next_power_of_2(2 * groups), max(16, triton.next_power_of_2(samples))
+    large = few and tall <= 32
+    keys = (256 if large else 64) if dim <= 128 else (128 if large else 32)
+    sizes = {
         "SAMPLES": samples,
-        "M": max(16, triton.next_power_of_2(samples)),
+        "M": tall,
         "D": dim,
         "WIDE": max(16, triton.next_power_of_2(dim)),
         "GROUPS": groups,
-        "CHILDREN": triton.next_power_of_2(2 * groups),
-        **({**many, "N": 32} if dim > 128 else many if crowded or 2 * groups < 256 else few),
+        "CHILDREN": children,
+        "N": max(16, min(keys, children)),
+        "BITS": 4,
+        "num_warps": 8 if large and children >= 256 else 4,
+        "num_stages": 2,
+        **config,
     }
+    return {**sizes, "COLUMNS": _kth_triton.columns(children, sizes["num_warps"], 4)}
 
 
 def launch(
     samples: torch.Tensor, k: torch.Tensor, limit: torch.Tensor, start: torch.Tensor, size: torch.Tensor,
-    origin: int, block: int, stride: int, representative: str, **config: int,
+    origin: int, block: int, stride: int, representative: str, **config: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """As `halving.run`; config overrides N, num_warps and num_stages."""
+    """As `halving.run`; config overrides `shapes`."""
     (batch, heads, lists, groups), (count, dim) = start.shape, samples.shape[3:]
     samples, k, limit, start, size = (rowwise(x) for x in (samples, k, limit.to(torch.int32), start, size))
-    sizes = {**shapes(count, dim, groups, batch * heads * lists > 4 * processors(k.device)), **config}
+    few = lists * batch * heads <= 2 * processors(k.device)
+    sizes = shapes(count, dim, groups, few=few, **config)
     new_start, new_size = (torch.empty(start.shape, dtype=torch.int32, device=k.device) for _ in range(2))
     score = torch.empty(batch * heads * lists, sizes["CHILDREN"], dtype=torch.int32, device=k.device)
     _kernel[(lists, batch * heads)](

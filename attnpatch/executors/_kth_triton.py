@@ -1,7 +1,9 @@
-"""The k-th highest of integers that a program holds. Imported by kernels only.
+"""The k-th best score of a row that one program holds, without a sort: what the kernels that choose by a count share.
 
-Measured on one H200: for some hundred keys histograms of digits, each a single round, beat halving a range some thirty
-times; for thousands it is the other way round.
+Scores are read as their distance from the highest there could be, uint32, so the best is the least distance. Each turn
+cuts the bucket that the k-th lies in by its next digit: in every thread eight values add up in fields of four bits,
+one for each digit, so that a turn is one reduction over the program and not one for every bit. It ends as soon as the
+bucket holds no more than what is wanted of it: the bits below only tell apart what is taken anyway.
 """
 
 from __future__ import annotations
@@ -9,50 +11,64 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def ordered(x):
-    """int32 in the order of x fp32; both zeros are alike."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+COLUMN = 8  # values of one thread that fields of four bits hold: below 16
 
 
-@triton.jit
-def kth(key, there, wanted):
-    """(the `wanted`-th highest of int32 key [N] where `there`, how many of its equals belong to the best `wanted`).
+def columns(n: int, warps: int, vector: int = 1) -> int:
+    """How many columns n values (a power of two) make such that each lies in one thread, which loads `vector` at once.
 
-    wanted: int32, 1 to how many are there; otherwise the result means nothing. Four digits of eight bits, each found in
-    a histogram of those keys that begin as the wanted one does. For some hundred keys.
+    A kernel keeps to one at once if the length of a row is not specialized.
     """
-    d = tl.arange(0, 256)
-    rank = (key ^ -2147483648).to(tl.uint32, bitcast=True)  # orders as unsigned
-    prefix, left = tl.full([], 0, tl.uint32), wanted
-    for step in tl.static_range(4):
-        begins = there
-        if step > 0:
-            begins = there & ((rank >> (32 - 8 * step)) == prefix)
-        count = tl.histogram(((rank >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=begins)
-        above = tl.cumsum(count, 0, reverse=True)  # at or above each digit
-        digit = tl.maximum(tl.sum((above >= left).to(tl.int32), 0) - 1, 0)
-        left -= tl.sum(tl.where(d > digit, count, 0), 0)
-        prefix = (prefix << 8) | digit.to(tl.uint32, bitcast=True)
-    return prefix.to(tl.int32, bitcast=True) ^ -2147483648, left
+    return max(n // COLUMN, min(n, 32 * vector * warps))
 
 
 @triton.jit
-def edge_of(key, there, wanted):
-    """int32 edge: the `wanted` highest of int32 key [N] where `there` are those above it and some or all of its equals.
+def _tally(digit, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
+    """How many of digit uint32 [N] are at most d, for each d but the last, whose number is 0: two int32 [rows]."""
+    shift = tl.reshape(digit << 2, [N // COLUMNS, COLUMNS])
+    if BITS == 4:  # digits 0 .. 15 in 16 fields, of which each half adds up by itself
+        ones = tl.full([], 0x1111111111111111, tl.int64) << shift.to(tl.int64)
+        upper = tl.sum((ones >> 32).to(tl.int32), axis=0) & 0x0FFFFFFF  # [COLUMNS]
+        lower = tl.sum(ones.to(tl.int32), axis=0).to(tl.uint32, bitcast=True)
+        held = (upper.to(tl.int64) << 32) | lower.to(tl.int64)
+        row = tl.arange(0, 8)
+        start = (4 * (row % 4) + 32 * (row // 4)).to(tl.int64)
+    else:  # digits 0 .. 7 in 8 fields
+        held = tl.sum(tl.full([], 0x11111111, tl.int32) << shift.to(tl.int32), axis=0) & 0x0FFFFFFF
+        start = 4 * tl.arange(0, 4)
+    pair = (held[None, :] >> start[:, None]).to(tl.int32) & 0x000F000F  # [rows, COLUMNS]
+    if N <= 32768:  # as one reduction
+        sums = tl.sum(pair, axis=1)
+        low, high = sums & 0xFFFF, (sums >> 16) & 0xFFFF
+    else:
+        low, high = tl.sum(pair & 0xFFFF, axis=1), tl.sum(pair >> 16, axis=1)
+    return low, high
 
-    wanted: int32, 1 to how many are there; otherwise the result means nothing. Halves the range of the keys, and stops
-    where exactly `wanted` are at or above the middle. For thousands of keys.
+
+@triton.jit
+def bucket(far, wanted, count, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
+    """(base, span, above, equal): where the `wanted` least of far uint32 [N], N a power of two, end.
+
+    `above` of them are below base, and the `equal` at base .. base + span are all alike or all wanted; with wanted <= 0
+    nothing is below base. count (int32) of far are meant, the others have to be the highest uint32. BITS: 3 or 4.
     """
-    low = tl.min(tl.where(there, key, 2147483647), 0).to(tl.int64)
-    high = tl.max(tl.where(there, key, -2147483648), 0).to(tl.int64) + 1
-    more = high - low > 1
-    while more:
-        middle = (low + high) >> 1
-        held = tl.sum((there & (key >= middle.to(tl.int32))).to(tl.int32), 0)
-        low = tl.where(held >= wanted, middle, low)
-        high = tl.where(held >= wanted, high, middle)
-        more = (high - low > 1) & (held != wanted)
-    return low.to(tl.int32)
+    base, span = tl.full([], 0, tl.uint32), tl.full([], 0xFFFFFFFF, tl.uint32)
+    above, equal = tl.full([], 0, tl.int32), tl.zeros([], tl.int32) + count
+    left = tl.full([], (32 + BITS - 1) // BITS, tl.int32)  # digits to look at
+    while (left > 0) & (above < wanted) & (above + equal > wanted):
+        left -= 1
+        shift = (left * BITS).to(tl.uint32)
+        need = wanted - above
+        # what is not in the bucket joins the last digit, whose number is what the others leave
+        digit = tl.minimum((far - base) >> shift, (1 << BITS) - 1)
+        low, high = _tally(digit, COLUMNS, N, BITS)
+        low = (low - need).to(tl.uint32, bitcast=True)  # too few wrap around, the last digit's among them
+        high = (high - need).to(tl.uint32, bitcast=True)
+        fewer = tl.sum(low >> 31, axis=0) + tl.sum(high >> 31, axis=0) - 1
+        over = need + tl.maximum(tl.max(low, axis=0), tl.max(high, axis=0)).to(tl.int32, bitcast=True)
+        upto = need + tl.minimum(tl.min(low, axis=0), tl.min(high, axis=0)).to(tl.int32, bitcast=True)
+        upto = tl.where(fewer == (1 << BITS) - 1, equal, tl.minimum(upto, equal))
+        base += fewer << shift
+        span = (tl.full([], 1, tl.uint32) << shift) - 1
+        above, equal = above + over, upto - over
+    return base, span, above, equal

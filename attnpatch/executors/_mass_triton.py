@@ -2,17 +2,21 @@
 
 The scores above a limit fall as the limit rises, in their number and in their sum. So a search over the bits of fp32
 finds the edge: the lowest score such that all above it still fit. Then some of the scores at the edge, which are ties,
-fit too. A row that fits a program's registers is searched there; a longer one is cut over programs, which read it once
-for every four bits. No atomics: the same inputs give the same bits. Imported at the first call on CUDA.
+fit too. A row that fits a program's registers is searched there, a count four bits at a time; a longer one is cut over
+programs, which read it once for every four bits. No atomics: the same inputs give the same bits. Imported at the first
+call on CUDA.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors._kth_triton import edge_of, ordered
+from attnpatch.executors import _kth_triton
+from attnpatch.executors._kth_triton import bucket
 from attnpatch.executors.launching import on
 
 COUNT, WITHIN, BELOW = 0, 1, 2
@@ -21,6 +25,13 @@ REGISTERS = 32768  # longest row that one program holds
 PART = 4096  # least scores of one of a row's programs
 PARTS = 64  # most programs of a row
 LOWEST = -(2**31)
+
+
+@triton.jit
+def _key(x):
+    """int32 in the order of x fp32; both zeros are alike."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -56,6 +67,33 @@ def _ties(edge, held, above, equal, limit, RULE: tl.constexpr):
     return tl.minimum(tl.maximum(fit, 0.0), equal.to(tl.float32)).to(tl.int32)
 
 
+@triton.jit(do_not_specialize=["n"])
+def _most(
+    x, limit, out, count, n,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, LATER: tl.constexpr, MAP: tl.constexpr,
+):  # fmt: skip
+    """`_short` where the limit is a number of scores."""
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    there = i < n
+    wanted = tl.minimum(tl.maximum(tl.load(limit + row), 0.0), tl.full([], 0.0, tl.float32) + n).to(tl.int32)
+    if MAP:
+        v = tl.load(x + row * n + i, mask=there, other=float("-inf"))
+        far = tl.where(there, _key(v) ^ 0x7FFFFFFF, -1).to(tl.uint32, bitcast=True)
+        base, span, above, equal = bucket(far, wanted, n, COLUMNS, BLOCK, BITS)
+        take = wanted - above
+        tie = there & (far - base <= span)
+        if take < equal:
+            rank = tl.cumsum(tie.to(tl.int32), axis=0)
+            if LATER:
+                tie = tie & (rank > equal - take)
+            else:
+                tie = tie & (rank <= take)
+        chosen = (tie | (far < base)) & (v > float("-inf"))
+        tl.store(out + row * n + i, chosen.to(tl.int8), mask=there)
+    else:
+        tl.store(count + row, wanted)
+
+
 @triton.jit
 def _short(
     x, limit, out, count, n, BLOCK: tl.constexpr, RULE: tl.constexpr, LATER: tl.constexpr, MAP: tl.constexpr,
@@ -65,28 +103,22 @@ def _short(
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there = i < n
     v = tl.load(x + row * n + i, mask=there, other=float("-inf"))
-    most, key, weight = tl.load(limit + row), ordered(v), _weight(v, there, RULE)
+    most, key, weight = tl.load(limit + row), _key(v), _weight(v, there, RULE)
     edge = tl.full([], LOWEST, tl.int32)
-    if RULE == 0:
-        wanted = tl.minimum(tl.maximum(most, 0.0), 2.0**30).to(tl.int32)
-        if wanted < n:
-            edge = tl.where(wanted > 0, edge_of(key, there, tl.maximum(wanted, 1)), 2147483647)
-    else:
-        for bit in range(0, 32):
-            half = tl.full([], 1, tl.int32) << (31 - bit)
-            over = key > edge + (half - 1)
-            fits = _fits(tl.sum(tl.where(over, weight, 0.0), axis=0), most, RULE)
-            edge += tl.where(fits, 0, half)
+    for bit in range(0, 32):
+        half = tl.full([], 1, tl.int32) << (31 - bit)
+        over = key > edge + (half - 1)
+        fits = _fits(tl.sum(tl.where(over, weight, 0.0), axis=0), most, RULE)
+        edge += tl.where(fits, 0, half)
     over, tie = there & (key > edge), there & (key == edge)
     above, equal = tl.sum(over.to(tl.int32), axis=0), tl.sum(tie.to(tl.int32), axis=0)
     take = _ties(edge, tl.sum(tl.where(over, weight, 0.0), axis=0), above, equal, most, RULE)
     if MAP:
-        if take < equal:
-            rank = tl.cumsum(tie.to(tl.int32), axis=0)
-            if LATER:
-                tie = tie & (rank > equal - take)
-            else:
-                tie = tie & (rank <= take)
+        rank = tl.cumsum(tie.to(tl.int32), axis=0)
+        if LATER:
+            tie = tie & (rank > equal - take)
+        else:
+            tie = tie & (rank <= take)
         chosen = over | tie
         if RULE == 0:
             chosen = chosen & (v > float("-inf"))
@@ -122,7 +154,7 @@ def _search(
     for at in range(start, tl.minimum(start + size, n), BLOCK):
         i = at + tl.arange(0, BLOCK)
         v = tl.load(x + row * n + i, mask=i < n, other=float("-inf"))
-        held += tl.where(ordered(v)[None, :] > candidate[:, None], _weight(v, i < n, RULE)[None, :], 0.0)
+        held += tl.where(_key(v)[None, :] > candidate[:, None], _weight(v, i < n, RULE)[None, :], 0.0)
     tl.store(new_sums + (row * PARTS + part) * 16 + digit, tl.sum(held, axis=1))
     tl.store(new_edge + row, low, mask=part == 0)
 
@@ -140,10 +172,10 @@ def _tally(
     for at in range(start, tl.minimum(start + size, n), BLOCK):
         i = at + tl.arange(0, BLOCK)
         v = tl.load(x + row * n + i, mask=i < n, other=float("-inf"))
-        over = (i < n) & (ordered(v) > low)
+        over = (i < n) & (_key(v) > low)
         held += tl.where(over, _weight(v, i < n, RULE), 0.0)
         above += tl.where(over, 1.0, 0.0)
-        equal += tl.where((i < n) & (ordered(v) == low), 1.0, 0.0)
+        equal += tl.where((i < n) & (_key(v) == low), 1.0, 0.0)
     tally += row * 3 * PARTS + part
     tl.store(tally, tl.sum(held, axis=0))
     tl.store(tally + PARTS, tl.sum(above, axis=0))
@@ -171,7 +203,7 @@ def _take(
         for at in range(start, tl.minimum(start + size, n), BLOCK):
             i = at + tl.arange(0, BLOCK)
             v = tl.load(x + row * n + i, mask=i < n, other=float("-inf"))
-            key = ordered(v)
+            key = _key(v)
             tie = (i < n) & (key == low)
             rank = before + tl.cumsum(tie.to(tl.int32), axis=0)
             before += tl.sum(tie.to(tl.int32), axis=0)
@@ -188,11 +220,12 @@ def _take(
 
 
 def launch(
-    scores: torch.Tensor, limit: torch.Tensor, rule: int, *, later: bool = True, count: bool = False
+    scores: torch.Tensor, limit: torch.Tensor, rule: int, *, later: bool = True, count: bool = False, **config: Any
 ) -> torch.Tensor:
     """bool [..., n]: the best of scores [..., n] that fit limit [...] by `rule`; or how many, int32 [...] (count).
 
-    In fp32. Ties go to the later index, or the earlier. COUNT never takes -inf; n is below 2**24 then.
+    In fp32. Ties go to the later index, or the earlier. COUNT never takes -inf; n is below 2**24 then. config
+    overrides num_warps of a row in registers and, with COUNT, BITS of a turn (3 or 4).
     """
     n, shape = scores.shape[-1], scores.shape[:-1]
     x, limit = scores.to(torch.float32).contiguous(), limit.to(torch.float32).expand(shape).contiguous()
@@ -201,19 +234,30 @@ def launch(
     total = torch.zeros(shape if count else 0, dtype=torch.int32, device=x.device)
     if rows and n:
         with on(x.device):
-            _run(x, limit, out, total, rows, n, {"RULE": rule, "LATER": later, "MAP": not count})
+            how = {"LATER": later, "MAP": not count}
+            if n > REGISTERS:
+                _long(x, limit, out, total, rows, n, {"RULE": rule, **how})
+            elif rule == COUNT:
+                sizes = _counting(n, config)
+                _most[(rows,)](x, limit, out, total, n, **how, **sizes)
+            else:
+                block = max(32, triton.next_power_of_2(n))
+                given = {"BLOCK": block, "num_warps": min(16, max(1, block // 1024)), **config}
+                _short[(rows,)](x, limit, out, total, n, RULE=rule, LOWEST=LOWEST, **how, **given)
     return total if count else out.view(torch.bool)
 
 
-def _run(
+def _counting(n: int, config: dict[str, Any]) -> dict[str, int]:
+    """Block sizes and launch settings of `_most` for rows of n."""
+    block = max(32, triton.next_power_of_2(n))
+    sizes = {"BLOCK": block, "BITS": 4, "num_warps": min(16, max(1, block // 1024)), **config}
+    return {**sizes, "COLUMNS": _kth_triton.columns(block, sizes["num_warps"])}
+
+
+def _long(
     x: torch.Tensor, limit: torch.Tensor, out: torch.Tensor, count: torch.Tensor, rows: int, n: int, how: dict[str, int]
 ) -> None:
     rule = {"RULE": how["RULE"]}
-    if n <= REGISTERS:
-        block = max(32, triton.next_power_of_2(n))
-        warps = min(16, max(1, block // 1024))
-        _short[(rows,)](x, limit, out, count, n, BLOCK=block, LOWEST=LOWEST, num_warps=warps, **how)
-        return
     size = max(PART, triton.next_power_of_2(triton.cdiv(n, PARTS)))
     grid = (rows, triton.cdiv(n, size))
     parts = triton.next_power_of_2(grid[1])

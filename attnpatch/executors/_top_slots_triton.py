@@ -1,4 +1,4 @@
-"""The Triton kernels of `top_slots`: the k-th highest score bit by bit, then what is above it, in order of the slots.
+"""The Triton kernels of `top_slots`: the k-th highest score by digits, then what is above it, in order of the slots.
 
 Imported at the first call only. A score is read as the unsigned integer that orders as it does. Short rows are one
 program's work; long ones are cut, and the k-th highest found by four histograms of eight bits each.
@@ -6,11 +6,14 @@ program's work; long ones are cut, and the k-th highest found by four histograms
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors._kth_triton import edge_of
+from attnpatch.executors import _kth_triton
+from attnpatch.executors._kth_triton import bucket
 
 SHORT = 8192
 """Scores of a row up to which one program takes it whole."""
@@ -34,12 +37,11 @@ def _wanted(row, k, MOST, HAS_MOST: tl.constexpr):
 
 
 @triton.jit
-def _write(INDEX, key, ok, edge, spare, over_before, tie_before, slot, k):
-    """Slots whose key is above `edge`, and the ties but the first `spare` of the row, behind those of earlier cuts."""
-    tie = (ok & (key == edge)).to(tl.int32)
-    kept = ok & (key >= edge)
+def _write(INDEX, over, tie, spare, over_before, tie_before, slot, k):
+    """Slots in `over`, and those in `tie` but the first `spare` of the row, behind those of earlier cuts."""
     if spare > tie_before:
-        kept = (ok & (key > edge)) | ((tie == 1) & (tie_before + tl.cumsum(tie, 0) > spare))
+        tie = tie & (tie_before + tl.cumsum(tie.to(tl.int32), 0) > spare)
+    kept = over | tie
     place = over_before + tl.maximum(tie_before - spare, 0) + tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(INDEX + place, slot, mask=kept & (place < k))
 
@@ -47,7 +49,8 @@ def _write(INDEX, key, ok, edge, spare, over_before, tie_before, slot, k):
 @triton.jit(do_not_specialize=["n", "k"])
 def _short(
     SCORES, MOST, SKIP, INDEX, COUNT, n, k,
-    N: tl.constexpr, WIDE: tl.constexpr, HAS_MOST: tl.constexpr, HAS_SKIP: tl.constexpr,
+    N: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr,
+    HAS_MOST: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     """One row: INDEX int32 [rows, k], COUNT int32 [rows]."""
     row = tl.program_id(0).to(tl.int64)
@@ -56,14 +59,13 @@ def _short(
             return
     slot, w = tl.arange(0, N), tl.arange(0, WIDE)
     key, ok = _keys(SCORES + row * n, slot, slot < n)
-    wanted = tl.minimum(_wanted(row, k, MOST, HAS_MOST), tl.sum(ok.to(tl.int32), 0))
-    edge = edge_of(key.to(tl.int32, bitcast=True) ^ -2147483648, ok, tl.maximum(wanted, 1))
-    edge = (edge ^ -2147483648).to(tl.uint32, bitcast=True)
-    edge = tl.where(wanted > 0, edge, 0xFFFFFFFF)
-    over = tl.sum((ok & (key > edge)).to(tl.int32), 0)
-    spare = tl.sum((ok & (key == edge)).to(tl.int32), 0) - (wanted - over)
+    count = tl.sum(ok.to(tl.int32), 0)
+    wanted = tl.minimum(_wanted(row, k, MOST, HAS_MOST), count)
+    far = tl.where(ok, key ^ 0xFFFFFFFF, 0xFFFFFFFF)
+    base, span, above, equal = bucket(far, wanted, count, COLUMNS, N, BITS)
     tl.store(INDEX + row * k + w, tl.full([WIDE], 0, tl.int32) + n, mask=(w >= wanted) & (w < k))
-    _write(INDEX + row * k, key, ok, edge, spare, 0, 0, slot, k)
+    tie = ok & (far - base <= span)
+    _write(INDEX + row * k, ok & (far < base), tie, equal - (wanted - above), 0, 0, slot, k)
     tl.store(COUNT + row, wanted)
 
 
@@ -158,16 +160,19 @@ def _gather(
     for end in range(tl.sum(over, 0) + left + cut * N, k, cuts * N):  # k may exceed n
         tl.store(INDEX + row * k + end + i, tl.full([N], 0, tl.int32) + n, mask=end + i < k)
     _write(
-        INDEX + row * k, key, ok, edge, tl.sum(tie, 0) - left,
+        INDEX + row * k, ok & (key > edge), ok & (key == edge), tl.sum(tie, 0) - left,
         tl.sum(tl.where(c < cut, over, 0), 0), tl.sum(tl.where(c < cut, tie, 0), 0), slot, k,
     )  # fmt: skip
 
 
 def launch(
     scores: torch.Tensor, k: int, most: torch.Tensor | None, skip: torch.Tensor | None, index: torch.Tensor,
-    count: torch.Tensor,
+    count: torch.Tensor, **config: Any,
 ) -> None:  # fmt: skip
-    """Fill index int32 [..., k] and count int32 [...], both contiguous, as `top_slots.run` returns them."""
+    """Fill index int32 [..., k] and count int32 [...], both contiguous, as `top_slots.run` returns them.
+
+    config overrides num_warps, and BITS of a turn (3 or 4), for rows that one program takes.
+    """
     n, rows = scores.shape[-1], count.numel()
     scores = scores.contiguous()
     limit = scores if most is None else most.expand(count.shape).contiguous()
@@ -175,9 +180,10 @@ def launch(
     has = {"HAS_SKIP": skip is not None}
     if n <= SHORT:
         size = max(16, triton.next_power_of_2(n))
+        given = {"N": size, "BITS": 4, "num_warps": 4 if size <= 2048 else 8, **config}
         _short[(rows,)](
-            scores, limit, marks, index, count, n, k, N=size, WIDE=max(16, triton.next_power_of_2(k)),
-            HAS_MOST=most is not None, **has, num_warps=4 if size <= 2048 else 8,
+            scores, limit, marks, index, count, n, k, WIDE=max(16, triton.next_power_of_2(k)),
+            COLUMNS=_kth_triton.columns(size, given["num_warps"]), HAS_MOST=most is not None, **has, **given,
         )  # fmt: skip
         return
     size = max(1024, triton.next_power_of_2(n) // 512)

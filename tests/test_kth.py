@@ -176,15 +176,17 @@ def test_triton_halving(block, stride, few, group, monkeypatch):
 @fused
 def test_triton_settings_of_halving_fit():
     for samples in (1, 17, 33, 128):
-        for dim in (64, 128, 256):
+        for dim in (64, 80, 128, 256):
             for groups in (1, 64, 256, 2048):
-                for few in (True, False):
-                    s = _halving_triton.shapes(samples, dim, groups, few=few)
-                    keys, queries = 2 * 2 * s["N"] * s["WIDE"] * s["num_stages"] // 2, 2 * s["M"] * s["WIDE"]
-                    assert 16 <= s["N"] and keys + queries <= 160 * 1024
-                    assert s["CHILDREN"] % s["COLUMNS"] == 0 and s["CHILDREN"] // s["COLUMNS"] <= _kth_triton.COLUMN
-    assert _halving_triton.shapes(1, 128, 256, few=True)["N"] == 256
-    assert _halving_triton.shapes(128, 128, 256, few=True)["N"] == 64
+                for per in (1, 2, 3, 8, 64):
+                    for few in (True, False):
+                        s = _halving_triton.shapes(samples, dim, groups, per, few=few)
+                        keys, queries = 2 * s["N"] * s["WIDE"] * per * (s["num_stages"] - 1), 2 * s["M"] * s["WIDE"]
+                        assert 16 <= s["N"] and keys <= 128 * 1024 and keys + queries <= 192 * 1024
+                        assert s["CHILDREN"] % s["COLUMNS"] == 0
+                        assert s["CHILDREN"] // s["COLUMNS"] <= _kth_triton.COLUMN
+    assert _halving_triton.shapes(1, 128, 256, 2, few=True)["N"] == 256
+    assert _halving_triton.shapes(128, 128, 256, 2, few=True)["N"] == 64
 
 
 @needs_triton

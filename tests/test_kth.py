@@ -109,7 +109,7 @@ def scores(kind, *shape):
     return x.contiguous()
 
 
-CONFIGS = [{}, {"BITS": 3}, {"BITS": 4, "num_warps": 16}]
+CONFIGS = [{}, {"BITS": 3}, {"BITS": 4, "num_warps": 1}]
 
 
 @fused
@@ -117,7 +117,7 @@ CONFIGS = [{}, {"BITS": 3}, {"BITS": 4, "num_warps": 16}]
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("n", [1, 333])
 def test_triton_top_k(n, kind, config):
-    k = torch.tensor(sorted({0, n // 2, n - 1, n + 3}), device=DEVICE)
+    k = torch.tensor(sorted({0, min(9, n), n // 2, n - 1, n + 3}), device=DEVICE)
     x = scores(kind, 1, n).expand(len(k), n)
     for later in (True, False):
         got = _mass_triton.launch(x.to(DEVICE), k, _mass_triton.COUNT, later=later, **config)

@@ -73,7 +73,7 @@ def _most(
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, LATER: tl.constexpr,
     MAP: tl.constexpr,
 ):  # fmt: skip
-    """`_short` where the limit is a number of scores."""
+    """out int8 [rows, n] of x fp32 [rows, n] and limit fp32 [rows], a count; without MAP count int32 [rows] of it."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there = i < n
     wanted = tl.minimum(tl.maximum(tl.load(limit + row), 0.0), tl.full([], 0.0, tl.float32) + n).to(tl.int32)
@@ -100,7 +100,10 @@ def _short(
     x, limit, out, count, n, BLOCK: tl.constexpr, RULE: tl.constexpr, LATER: tl.constexpr, MAP: tl.constexpr,
     LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """out int8 [rows, n] of x fp32 [rows, n] and limit fp32 [rows]; without MAP count int32 [rows] of what is taken."""
+    """out int8 [rows, n] of x fp32 [rows, n] and limit fp32 [rows]; without MAP count int32 [rows] of what is taken.
+
+    By a sum; `_most` is for a count.
+    """
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there = i < n
     v = tl.load(x + row * n + i, mask=there, other=float("-inf"))
@@ -120,10 +123,7 @@ def _short(
             tie = tie & (rank > equal - take)
         else:
             tie = tie & (rank <= take)
-        chosen = over | tie
-        if RULE == 0:
-            chosen = chosen & (v > float("-inf"))
-        tl.store(out + row * n + i, chosen.to(tl.int8), mask=there)
+        tl.store(out + row * n + i, (over | tie).to(tl.int8), mask=there)
     else:
         tl.store(count + row, above + take)
 

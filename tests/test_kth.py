@@ -27,23 +27,26 @@ if HERE:
     from attnpatch.executors import _halving_triton, _kth_triton, _mass_triton, _top_slots_triton
 
     @triton.jit
-    def _found(far_at, wanted, count, out, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):  # out int64 [4]
+    def _found(
+        far_at, wanted, count, out, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr
+    ):
+        """out: int64 [4]"""
         far = tl.load(far_at + tl.arange(0, N)).to(tl.uint32, bitcast=True)
-        base, span, above, equal = _kth_triton.bucket(far, tl.load(wanted), tl.load(count), COLUMNS, N, BITS)
+        base, span, above, equal = _kth_triton.bucket(far, tl.load(wanted), tl.load(count), COLUMNS, N, BITS, GROUPS)
         tl.store(out, base.to(tl.int64))
         tl.store(out + 1, span.to(tl.int64))
         tl.store(out + 2, above.to(tl.int64))
         tl.store(out + 3, equal.to(tl.int64))
 
 
-def found(far, wanted, size, bits, columns):
+def found(far, wanted, size, bits, columns, groups=0):
     """(base, span, above, equal) of the numbers far, filled up to `size`."""
     filled = torch.full((size,), 2**32 - 1)
     filled[: len(far)] = torch.tensor(far, dtype=torch.int64)
     bits32 = torch.where(filled >= 2**31, filled - 2**32, filled).to(torch.int32).to(DEVICE)
     number = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (wanted, len(far)))
     out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
-    _found[(1,)](bits32, *number, out, COLUMNS=columns, N=size, BITS=bits, num_warps=4)
+    _found[(1,)](bits32, *number, out, COLUMNS=columns, N=size, BITS=bits, GROUPS=groups, num_warps=4)
     return [int(x) % 2**32 for x in out.tolist()]
 
 
@@ -53,6 +56,8 @@ def numbers(kind, n):
         return [7] * n
     if kind == "near":  # the last bits alone differ, across a carry
         return (2**31 - 3 + torch.randint(0, 6, (n,), generator=g)).tolist()
+    if kind == "a range":
+        return (2**31 - 2**20 + torch.randint(0, 15 * 2**20 + 1, (n,), generator=g)).tolist()
     if kind == "ends":
         return [(0, 2**32 - 1, 2**31, 2**31 - 1)[i] for i in torch.randint(0, 4, (n,), generator=g)]
     return torch.randint(0, 2**32, (n,), generator=g).tolist()
@@ -60,13 +65,14 @@ def numbers(kind, n):
 
 @fused
 @pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("kind", ["all alike", "near", "ends", "any"])
-@pytest.mark.parametrize(("n", "size", "columns"), [(1, 1, 1), (16, 16, 2), (77, 128, 128)])
-def test_triton_bucket(n, size, columns, kind, bits):
+@pytest.mark.parametrize("kind", ["all alike", "near", "a range", "ends", "any"])
+@pytest.mark.parametrize("setting", [(1, 1, 1, 0), (16, 16, 2, 4), (77, 128, 128, 0), (77, 128, 16, 32)], ids=str)
+def test_triton_bucket(setting, kind, bits):
+    n, size, columns, groups = setting
     far = numbers(kind, n)
     ranked = sorted(far)
-    for wanted in sorted({-3, 0, 1, n // 3, n - 1, n + 4}):
-        base, span, above, equal = found(far, wanted, size, bits, columns)
+    for wanted in sorted({-3, 0, 1, 3, n // 3, n - 1, n + 4}):
+        base, span, above, equal = found(far, wanted, size, bits, columns, groups)
         if wanted <= 0:
             assert above == 0
             continue
@@ -103,7 +109,7 @@ def scores(kind, *shape):
     return x.contiguous()
 
 
-CONFIGS = [{}, {"BITS": 3, "num_warps": 16}]
+CONFIGS = [{}, {"BITS": 3}, {"BITS": 4, "num_warps": 1}]
 
 
 @fused
@@ -111,7 +117,7 @@ CONFIGS = [{}, {"BITS": 3, "num_warps": 16}]
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("n", [1, 333])
 def test_triton_top_k(n, kind, config):
-    k = torch.tensor(sorted({0, n // 2, n - 1, n + 3}), device=DEVICE)
+    k = torch.tensor(sorted({0, min(9, n), n // 2, n - 1, n + 3}), device=DEVICE)
     x = scores(kind, 1, n).expand(len(k), n)
     for later in (True, False):
         got = _mass_triton.launch(x.to(DEVICE), k, _mass_triton.COUNT, later=later, **config)
@@ -176,15 +182,17 @@ def test_triton_halving(block, stride, few, group, monkeypatch):
 @fused
 def test_triton_settings_of_halving_fit():
     for samples in (1, 17, 33, 128):
-        for dim in (64, 128, 256):
+        for dim in (64, 80, 128, 256):
             for groups in (1, 64, 256, 2048):
-                for few in (True, False):
-                    s = _halving_triton.shapes(samples, dim, groups, few=few)
-                    keys, queries = 2 * 2 * s["N"] * s["WIDE"] * s["num_stages"] // 2, 2 * s["M"] * s["WIDE"]
-                    assert 16 <= s["N"] and keys + queries <= 160 * 1024
-                    assert s["CHILDREN"] % s["COLUMNS"] == 0 and s["CHILDREN"] // s["COLUMNS"] <= _kth_triton.COLUMN
-    assert _halving_triton.shapes(1, 128, 256, few=True)["N"] == 256
-    assert _halving_triton.shapes(128, 128, 256, few=True)["N"] == 64
+                for per in (1, 2, 3, 8, 64):
+                    for few in (True, False):
+                        s = _halving_triton.shapes(samples, dim, groups, per, few=few)
+                        keys, queries = 2 * s["N"] * s["WIDE"] * per * (s["num_stages"] - 1), 2 * s["M"] * s["WIDE"]
+                        assert 16 <= s["N"] and keys <= 128 * 1024 and keys + queries <= 192 * 1024
+                        assert s["CHILDREN"] % s["COLUMNS"] == 0
+                        assert s["CHILDREN"] // s["COLUMNS"] <= _kth_triton.COLUMN
+    assert _halving_triton.shapes(1, 128, 256, 2, few=True)["N"] == 256
+    assert _halving_triton.shapes(128, 128, 256, 2, few=True)["N"] == 64
 
 
 @needs_triton

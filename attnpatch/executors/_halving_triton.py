@@ -12,6 +12,9 @@ from attnpatch.executors import _kth_triton
 from attnpatch.executors._kth_triton import bucket
 from attnpatch.executors.launching import processors, rowwise
 
+BUFFER = 65536
+"""Channels of keys that the buffers in shared memory hold: 128 KB."""
+
 
 @triton.jit
 def _child(start, size, c, ok, CENTER: tl.constexpr, LAST: tl.constexpr):
@@ -89,25 +92,28 @@ def _kernel(
     tl.store(NEW_SIZE + program * GROUPS + place, length, mask=kept)
 
 
-def shapes(samples: int, dim: int, groups: int, *, few: bool = False, **config: Any) -> dict[str, Any]:
+def shapes(samples: int, dim: int, groups: int, per: int = 1, *, few: bool = False, **config: Any) -> dict[str, Any]:
     """Block sizes and launch settings, overridden by N, BITS, num_warps and num_stages in config.
 
-    few: the programs do not fill the device, so each has many keys on their way at once.
+    per: sampled keys of a block, each of which has a buffer. few: the programs do not fill the device, so each has many
+    keys on their way at once.
     """
     children, tall = triton.next_power_of_2(2 * groups), max(16, triton.next_power_of_2(samples))
-    large = few and tall <= 32
-    keys = (256 if large else 64) if dim <= 128 else (128 if large else 32)
+    wide, large = max(16, triton.next_power_of_2(dim)), few and tall <= 32
+    keys = BUFFER // wide // triton.next_power_of_2(per)  # as fit
+    staged = keys >= 16
+    keys = min(keys if staged else 64, children, 256 if large else 64 if dim <= 128 else 32)
     sizes = {
         "SAMPLES": samples,
         "M": tall,
         "D": dim,
-        "WIDE": max(16, triton.next_power_of_2(dim)),
+        "WIDE": wide,
         "GROUPS": groups,
         "CHILDREN": children,
-        "N": max(16, min(keys, children)),
+        "N": max(16, keys),
         "BITS": 4,
-        "num_warps": 8 if large and children >= 256 else 4,
-        "num_stages": 2,
+        "num_warps": 8 if large and keys >= 128 else 4,
+        "num_stages": 2 if staged else 1,
         **config,
     }
     return {**sizes, "COLUMNS": _kth_triton.columns(children, sizes["num_warps"], 4)}
@@ -121,7 +127,7 @@ def launch(
     (batch, heads, lists, groups), (count, dim) = start.shape, samples.shape[3:]
     samples, k, limit, start, size = (rowwise(x) for x in (samples, k, limit.to(torch.int32), start, size))
     few = lists * batch * heads <= 2 * processors(k.device)
-    sizes = shapes(count, dim, groups, few=few, **config)
+    sizes = shapes(count, dim, groups, len(range(stride - 1, block, stride)), few=few, **config)
     new_start, new_size = (torch.empty(start.shape, dtype=torch.int32, device=k.device) for _ in range(2))
     score = torch.empty(batch * heads * lists, sizes["CHILDREN"], dtype=torch.int32, device=k.device)
     _kernel[(lists, batch * heads)](

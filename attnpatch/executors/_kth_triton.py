@@ -22,6 +22,11 @@ def columns(n: int, warps: int, vector: int = 1) -> int:
     return max(n // COLUMN, min(n, 32 * vector * warps))
 
 
+def thread_groups(n: int, warps: int) -> int:
+    """GROUPS of `bucket` such that one thread holds each of n values one at once; 0 where their least say little."""
+    return 32 * warps if n >= 16 * 32 * warps else 0
+
+
 @triton.jit
 def _tally(digit, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
     """How many of digit uint32 [N] are at most d, for each d but the last, whose number is 0: two int32 [rows]."""
@@ -46,15 +51,34 @@ def _tally(digit, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def bucket(far, wanted, count, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
+def _start(far, base, left, GROUPS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
+    """(base, left): where the search of `wanted` to GROUPS may begin, and how many digits it has to look at.
+
+    Each of GROUPS has a least, so that many are no further than the furthest of these.
+    """
+    least = tl.min(tl.reshape(far, [N // GROUPS, GROUPS]), axis=0)
+    first, bound = tl.min(least, axis=0), tl.max(least, axis=0)
+    # the last digit also holds what is beyond: the bound has a lower one, or the digits hold all there is
+    space = tl.maximum((bound - first).to(tl.float32) * (1.0 + 2.0 / (1 << BITS)), 1.0)
+    bits = (space.to(tl.int32, bitcast=True) >> 23) - 126
+    fewer = (bits + BITS - 1) // BITS
+    return tl.where(fewer < left, first, base), tl.minimum(fewer, left)
+
+
+@triton.jit
+def bucket(far, wanted, count, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr = 0):
     """(base, span, above, equal): where the `wanted` least of far uint32 [N], N a power of two, end.
 
     `above` of them are below base, and the `equal` at base .. base + span are all alike or all wanted; with wanted <= 0
     nothing is below base. count (int32) of far are meant, the others have to be the highest uint32. BITS: 3 or 4.
+    GROUPS, a divisor of N: with no more wanted, their least numbers tell where the search begins; 0: at no number.
     """
     base, span = tl.full([], 0, tl.uint32), tl.full([], 0xFFFFFFFF, tl.uint32)
     above, equal = tl.full([], 0, tl.int32), tl.zeros([], tl.int32) + count
     left = tl.full([], (32 + BITS - 1) // BITS, tl.int32)  # digits to look at
+    if GROUPS > 0:
+        if wanted <= GROUPS:
+            base, left = _start(far, base, left, GROUPS, N, BITS)
     while (left > 0) & (above < wanted) & (above + equal > wanted):
         left -= 1
         shift = (left * BITS).to(tl.uint32)

@@ -70,16 +70,17 @@ def _ties(edge, held, above, equal, limit, RULE: tl.constexpr):
 @triton.jit(do_not_specialize=["n"])
 def _most(
     x, limit, out, count, n,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, LATER: tl.constexpr, MAP: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, LATER: tl.constexpr,
+    MAP: tl.constexpr,
 ):  # fmt: skip
-    """`_short` where the limit is a number of scores."""
+    """out int8 [rows, n] of x fp32 [rows, n] and limit fp32 [rows], a count; without MAP count int32 [rows] of it."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there = i < n
     wanted = tl.minimum(tl.maximum(tl.load(limit + row), 0.0), tl.full([], 0.0, tl.float32) + n).to(tl.int32)
     if MAP:
         v = tl.load(x + row * n + i, mask=there, other=float("-inf"))
         far = tl.where(there, _key(v) ^ 0x7FFFFFFF, -1).to(tl.uint32, bitcast=True)
-        base, span, above, equal = bucket(far, wanted, n, COLUMNS, BLOCK, BITS)
+        base, span, above, equal = bucket(far, wanted, n, COLUMNS, BLOCK, BITS, GROUPS)
         take = wanted - above
         tie = there & (far - base <= span)
         if take < equal:
@@ -99,7 +100,10 @@ def _short(
     x, limit, out, count, n, BLOCK: tl.constexpr, RULE: tl.constexpr, LATER: tl.constexpr, MAP: tl.constexpr,
     LOWEST: tl.constexpr,
 ):  # fmt: skip
-    """out int8 [rows, n] of x fp32 [rows, n] and limit fp32 [rows]; without MAP count int32 [rows] of what is taken."""
+    """out int8 [rows, n] of x fp32 [rows, n] and limit fp32 [rows]; without MAP count int32 [rows] of what is taken.
+
+    By a sum; `_most` is for a count.
+    """
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there = i < n
     v = tl.load(x + row * n + i, mask=there, other=float("-inf"))
@@ -119,10 +123,7 @@ def _short(
             tie = tie & (rank > equal - take)
         else:
             tie = tie & (rank <= take)
-        chosen = over | tie
-        if RULE == 0:
-            chosen = chosen & (v > float("-inf"))
-        tl.store(out + row * n + i, chosen.to(tl.int8), mask=there)
+        tl.store(out + row * n + i, (over | tie).to(tl.int8), mask=there)
     else:
         tl.store(count + row, above + take)
 
@@ -225,7 +226,7 @@ def launch(
     """bool [..., n]: the best of scores [..., n] that fit limit [...] by `rule`; or how many, int32 [...] (count).
 
     In fp32. Ties go to the later index, or the earlier. COUNT never takes -inf; n is below 2**24 then. config
-    overrides num_warps of a row in registers and, with COUNT, BITS of a turn (3 or 4).
+    overrides num_warps of a row in registers and, with COUNT, BITS of a turn (3 or 4) and GROUPS (0: none).
     """
     n, shape = scores.shape[-1], scores.shape[:-1]
     x, limit = scores.to(torch.float32).contiguous(), limit.to(torch.float32).expand(shape).contiguous()
@@ -251,7 +252,12 @@ def _counting(n: int, config: dict[str, Any]) -> dict[str, int]:
     """Block sizes and launch settings of `_most` for rows of n."""
     block = max(32, triton.next_power_of_2(n))
     sizes = {"BLOCK": block, "BITS": 4, "num_warps": min(16, max(1, block // 1024)), **config}
-    return {**sizes, "COLUMNS": _kth_triton.columns(block, sizes["num_warps"])}
+    warps = sizes["num_warps"]
+    return {
+        "COLUMNS": _kth_triton.columns(block, warps),
+        "GROUPS": _kth_triton.thread_groups(block, warps),
+        **sizes,
+    }
 
 
 def _long(

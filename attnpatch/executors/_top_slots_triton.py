@@ -49,7 +49,7 @@ def _write(INDEX, over, tie, spare, over_before, tie_before, slot, k):
 @triton.jit(do_not_specialize=["n", "k"])
 def _short(
     SCORES, MOST, SKIP, INDEX, COUNT, n, k,
-    N: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr,
+    N: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     HAS_MOST: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     """One row: INDEX int32 [rows, k], COUNT int32 [rows]."""
@@ -62,7 +62,7 @@ def _short(
     count = tl.sum(ok.to(tl.int32), 0)
     wanted = tl.minimum(_wanted(row, k, MOST, HAS_MOST), count)
     far = tl.where(ok, key ^ 0xFFFFFFFF, 0xFFFFFFFF)
-    base, span, above, equal = bucket(far, wanted, count, COLUMNS, N, BITS)
+    base, span, above, equal = bucket(far, wanted, count, COLUMNS, N, BITS, GROUPS)
     tl.store(INDEX + row * k + w, tl.full([WIDE], 0, tl.int32) + n, mask=(w >= wanted) & (w < k))
     tie = ok & (far - base <= span)
     _write(INDEX + row * k, ok & (far < base), tie, equal - (wanted - above), 0, 0, slot, k)
@@ -171,7 +171,7 @@ def launch(
 ) -> None:  # fmt: skip
     """Fill index int32 [..., k] and count int32 [...], both contiguous, as `top_slots.run` returns them.
 
-    config overrides num_warps, and BITS of a turn (3 or 4), for rows that one program takes.
+    config overrides num_warps, BITS of a turn (3 or 4) and GROUPS (0: none) for rows that one program takes.
     """
     n, rows = scores.shape[-1], count.numel()
     scores = scores.contiguous()
@@ -181,6 +181,7 @@ def launch(
     if n <= SHORT:
         size = max(16, triton.next_power_of_2(n))
         given = {"N": size, "BITS": 4, "num_warps": 4 if size <= 2048 else 8, **config}
+        given.setdefault("GROUPS", _kth_triton.thread_groups(size, given["num_warps"]))
         _short[(rows,)](
             scores, limit, marks, index, count, n, k, WIDE=max(16, triton.next_power_of_2(k)),
             COLUMNS=_kth_triton.columns(size, given["num_warps"]), HAS_MOST=most is not None, **has, **given,

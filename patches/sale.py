@@ -147,12 +147,14 @@ class SALE(Patch):
         queries = selecting.without_pads(q, end, start) if ragged else q
         asked = (end - start).clamp(min=1)[:, None, None, None]
         query = queries.sum(2, keepdim=True, dtype=dtype) / asked  # [B, Hq, 1, D]
-        smooth = k.to(dtype) - mean
+        smooth = k - mean  # wide, as the mean is
         smooth = selecting.without_pads(smooth, end) if ragged else smooth
-        smooth = torch.nn.functional.pad(smooth, (0, 0, 0, -smooth.shape[2] % self.block_size_k))
+        if odd := -smooth.shape[2] % self.block_size_k:
+            smooth = torch.nn.functional.pad(smooth, (0, 0, 0, odd))
         bias = selecting.pair_scores(query, smooth)[:, :, 0]  # [B, Hq, n]
+        smooth = smooth.to(q.dtype)
         kind = None if self.scales == "token" else "key"
-        return Keys(low_bit.quantise(smooth.to(q.dtype), self.bits, kind=kind), mean, bias, query)
+        return Keys(low_bit.quantise(smooth, self.bits, kind=kind), mean, bias, query)
 
     def above(
         self, q: Tensor, keys: Keys, lse: Tensor, tau: Tensor, ctx: Ctx, start: int, width: int
@@ -163,16 +165,15 @@ class SALE(Patch):
         """
         import torch
 
-        from attnpatch.executors import low_bit
+        from attnpatch.executors import low_bit, selecting
 
         pos = start + torch.arange(q.shape[2], device=q.device)
         pad = (pos > ctx.q_pos.amax(-1, keepdim=True))[:, None]  # [B, 1, r]
-        given, q = q.dtype, torch.where(pad[..., None], 0.0, q).to(keys.query.dtype)
+        q = q.masked_fill(pad[..., None], 0.0) if ctx.ragged else q
         kind = None if self.scales == "token" else "query"
-        low = low_bit.quantise((q - keys.query).to(given), self.bits, kind=kind, start=start)
+        low = low_bit.quantise((q - keys.query).to(q.dtype), self.bits, kind=kind, start=start)
         # what was taken off with the keys' mean is the same for all keys of a query, but the yardstick has it
-        group = q.shape[1] // keys.mean.shape[1]
-        off = (q * keys.mean.repeat_interleave(group, dim=1)).sum(-1)  # [B, Hq, r]
+        off = selecting.pair_scores(q.to(keys.mean.dtype), keys.mean)[..., 0]  # [B, Hq, r]
         level = torch.where(tau < FLOOR, float("-inf"), tau.log())
         limit = ((lse + level) / ctx.scaling - off).masked_fill(pad, float("inf"))
         part = slice(0, width * self.block_size_k)

@@ -1,13 +1,20 @@
-"""Attention of groups of scattered query rows, each over a list of keys of its own (Selection with `groups`)."""
+"""Attention of groups of scattered query rows, each over a list of keys of its own (Selection with `groups`).
+
+`choose` says which backend computes a call, and why. Set ATTNPATCH_BACKEND to triton or torch to force one (its other
+names speak of other executors). The Triton form reads rows and keys where they lie; the torch form gathers them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import column_sums
+from attnpatch.executors.backends import capability, first_fit, no_cuda_lists
 from attnpatch.executors.column_sums import compute_dtype, matmul, operand
 from attnpatch.executors.lists import spread
 from attnpatch.executors.row_lists import take
@@ -32,9 +39,26 @@ def check(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> None:
         raise InputError(f"weight of shape {tuple(selection.weight.shape)}; expected that of index, {tuple(shape)}.")
 
 
-def choose(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> tuple[str, str]:
-    """(backend, reason): there is one."""
-    return "torch", "the only form"
+class _Call(NamedTuple):
+    """All that the choice depends on."""
+
+    device: str
+    capability: int  # CUDA major version; 0 elsewhere
+    dtype: torch.dtype
+    dim: int
+    alike: bool  # q, k and v of one dtype and head dimension
+    grad: bool
+
+
+def _call(q: torch.Tensor, kv: Any) -> _Call:
+    return _Call(
+        device=q.device.type,
+        capability=capability(q.device),
+        dtype=q.dtype,
+        dim=q.shape[3],
+        alike=q.dtype == kv.k.dtype == kv.v.dtype and q.shape[3] == kv.v.shape[3],
+        grad=torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad),
+    )
 
 
 def _positions(q: torch.Tensor, kv: Any, ctx: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,13 +70,8 @@ def _positions(q: torch.Tensor, kv: Any, ctx: Any) -> tuple[torch.Tensor, torch.
     return spread(pos, batch, heads), q_pos.to(pos.dtype)
 
 
-def run(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False) -> Result:
-    """Attention of the rows `selection.rows` of q [B, Hq, T, D]: out [B, rows, Hq, D] in q.dtype, lse [B, Hq, rows].
-
-    A row that no group names comes out zero with lse -inf. Groups are taken together while they fit MAX_BLOCK.
-    Raises InputError where shapes do not fit, ConfigError on a 4-D mask.
-    """
-    check(q, kv, selection, ctx)
+def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
+    """Groups are taken together while what is gathered fits MAX_BLOCK."""
     batch, heads, total, dim = q.shape
     start, stop, _ = (selection.rows or slice(None)).indices(total)
     count, wide = stop - start, kv.v.shape[3]
@@ -100,3 +119,34 @@ def _attend(
     lse = torch.logsumexp(logits, dim=-1)
     probs = torch.exp(logits - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None])
     return matmul(probs.flatten(1, 2).to(v.dtype), v.flatten(1, 2)).unflatten(1, shape[1:]), lse
+
+
+def _run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
+    from attnpatch.executors import _scattered_triton
+
+    start, stop, _ = (selection.rows or slice(None)).indices(q.shape[2])
+    return _scattered_triton.launch(q, kv, selection, ctx, (start, stop), want_lse)
+
+
+# ---- the choice ----
+
+_WHY_NOT: dict[str, Callable[[Any], str | None]] = {"triton": no_cuda_lists, "torch": lambda call: None}
+_RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {"triton": _run_triton, "torch": _run_torch}
+
+
+def choose(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> tuple[str, str]:
+    """(backend, reason) for this call. Never waits for the device."""
+    return first_fit(_WHY_NOT, _call(q, kv), os.environ.get("ATTNPATCH_BACKEND") or None)
+
+
+def run(
+    q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False, _backend: str | None = None
+) -> Result:
+    """Attention of the rows `selection.rows` of q [B, Hq, T, D]: out [B, rows, Hq, D] in q.dtype, lse [B, Hq, rows].
+
+    A row that no group names comes out zero with lse -inf; a row belongs to one group at most. Raises InputError where
+    shapes do not fit, ConfigError on a 4-D mask or an unfit forced backend.
+    """
+    check(q, kv, selection, ctx)
+    forced = _backend or os.environ.get("ATTNPATCH_BACKEND") or None
+    return _RUN[first_fit(_WHY_NOT, _call(q, kv), forced)[0]](q, kv, selection, ctx, want_lse)

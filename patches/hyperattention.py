@@ -259,7 +259,10 @@ class HyperAttention(Patch):
         # a range sorts by its first token, then by bucket; all else stays where it is
         major = torch.where(inside.any(1), (inside * begin[..., None]).sum(1), at)[:, None]  # [B, 1, n]
         minor = torch.where(inside.any(1)[:, None], order, 0)
-        return ((major << self.lsh_num_projs) + minor).sort(dim=-1, stable=True).indices
+        key = (major << self.lsh_num_projs) + minor
+        if n << self.lsh_num_projs < 2**31:  # half the digits to sort by
+            key = key.to(torch.int32)
+        return key.sort(dim=-1, stable=True).indices
 
     def _samples(
         self, ranked: Tensor, ctx: Ctx, depth: int, node: Tensor, key: Tensor, keys: Tensor, blocks: int

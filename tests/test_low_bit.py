@@ -147,7 +147,7 @@ def test_triton_operands_and_tiles(settings, numbers):
 
     given = problem(150, 256, bits=8, group=4, kv_heads=1)
     q, k, bias, limit = given
-    ends, expected = torch.tensor([2, 4, 5]).to(DEVICE), above(("torch", "cpu"), given, start=40)
+    ends, expected = torch.tensor([2, 4, 5]).to(DEVICE), check(("torch", "cpu"), given, start=40)
     place = (moved(q, DEVICE), moved(k, DEVICE), bias.to(DEVICE), limit.to(DEVICE))
     got = launch(*place, ends, 40, 32, 64, 0, numbers=numbers, **settings).cpu()
     assert torch.equal(got, expected & (torch.arange(8) < ends.cpu()[:, None]))

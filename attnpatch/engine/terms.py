@@ -10,7 +10,7 @@ import torch
 from attnpatch.decisions import Selection, Virtual
 from attnpatch.engine.stopwatch import Stopwatch
 from attnpatch.errors import ConfigError
-from attnpatch.executors import dispatch, lists, reweight
+from attnpatch.executors import dispatch, lists, merging, reweight
 from attnpatch.switches import switch
 
 if TYPE_CHECKING:
@@ -203,14 +203,6 @@ def _record(layer: PatchLayer, term: Selection, rows: int, slots: int, again: bo
     layer.pages = pages if layer.pages is None else layer.pages + pages
 
 
-def _sum(out: Tensor, lse: Tensor, other: Tensor, lse_other: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys as one: out [B, r, Hq, D], lse [B, Hq, r] each."""
-    both = torch.logaddexp(lse, lse_other)
-    safe = both.masked_fill(both == float("-inf"), 0.0)  # a row that sees nothing in either stays zero
-    mine, theirs = ((x - safe).exp().transpose(1, 2)[..., None] for x in (lse, lse_other))  # [B, r, Hq, 1]
-    return (out.to(mine.dtype) * mine + other.to(mine.dtype) * theirs).to(out.dtype), both
-
-
 def with_extra(extra: Virtual, q: Tensor, ctx: Ctx, out: Tensor, lse: Any) -> tuple[Tensor, Tensor]:
     """out [B, T, Hq, D], lse [B, Hq, T] with the entries of `extra` attended besides, by every query."""
     wide = lse.dtype
@@ -223,7 +215,7 @@ def with_extra(extra: Virtual, q: Tensor, ctx: Ctx, out: Tensor, lse: Any) -> tu
     logits = logits + extra.logw.to(wide).clamp(min=-1e30)[:, :, None, None]  # finite, so that gradients are
     mass = logits.logsumexp(-1)  # [B, Hkv, G, T]
     theirs = (logits.softmax(-1) @ values).flatten(1, 2).transpose(1, 2)  # [B, T, Hq, D]
-    return _sum(out, lse, theirs, mass.flatten(1, 2))
+    return merging.run(out, lse, theirs, mass.flatten(1, 2))
 
 
 class _Total:
@@ -260,7 +252,7 @@ class _Total:
     def _merge(self, start: int, stop: int, out: Tensor, lse: Any) -> None:
         if lse is None:
             raise ConfigError("terms that share query rows need `merges = True` on the patch.")
-        merged, both = _sum(self.out[:, start:stop], self.lse[:, :, start:stop], out, lse)
+        merged, both = merging.run(self.out[:, start:stop], self.lse[:, :, start:stop], out, lse)
         if (start, stop) == (0, self.q.shape[2]):
             self.out, self.lse = merged, both
         else:

@@ -10,14 +10,18 @@ CUT = 1024
 """Scores of a program."""
 
 
-@triton.jit(do_not_specialize=["slots", "half"])
-def _pool(SCORES, NEWEST, SKIP, OUT, newest_batch, heads, slots, half, N: tl.constexpr, OWN: tl.constexpr,
-          HAS_SKIP: tl.constexpr):  # fmt: skip
-    """OUT fp32 [B * heads, slots]."""
+@triton.jit(do_not_specialize=["slots", "half", "room"])
+def _pool(SCORES, NEWEST, SKIP, OUT, ZERO, newest_batch, heads, slots, half, room, N: tl.constexpr, OWN: tl.constexpr,
+          HAS_SKIP: tl.constexpr, HAS_ZERO: tl.constexpr):  # fmt: skip
+    """OUT fp32 [B * heads, slots]; ZERO int32 [B * heads, room] is set to 0."""
     row = tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + row // heads) != 0:
             return
+    if HAS_ZERO:
+        for begin in range(tl.program_id(0) * N, room, tl.num_programs(0) * N):
+            i = begin + tl.arange(0, N)
+            tl.store(ZERO + row * room + i, tl.zeros([N], tl.int32), mask=i < room)
     newest = tl.load(NEWEST + row // heads * newest_batch).to(tl.int32)
     slot = tl.program_id(0) * N + tl.arange(0, N)
     last = newest
@@ -36,12 +40,18 @@ def _pool(SCORES, NEWEST, SKIP, OUT, newest_batch, heads, slots, half, N: tl.con
 
 
 def launch(
-    scores: torch.Tensor, width: int, newest: torch.Tensor, own: bool, skip: torch.Tensor | None
+    scores: torch.Tensor,
+    width: int,
+    newest: torch.Tensor,
+    own: bool,
+    skip: torch.Tensor | None,
+    zero: torch.Tensor | None,
 ) -> torch.Tensor:
     """As `pooled.run`."""
     (batch, heads, slots), out = scores.shape, torch.empty_like(scores)
     _pool[(-(-slots // CUT), batch * heads)](
-        scores, newest, scores if skip is None else skip.view(torch.uint8), out, newest.stride(0), heads, slots,
-        width // 2, N=CUT, OWN=own, HAS_SKIP=skip is not None, num_warps=4,
+        scores, newest, scores if skip is None else skip.view(torch.uint8), out, out if zero is None else zero,
+        newest.stride(0), heads, slots, width // 2, 0 if zero is None else zero.numel() // (batch * heads),
+        N=CUT, OWN=own, HAS_SKIP=skip is not None, HAS_ZERO=zero is not None, num_warps=4,
     )  # fmt: skip
     return out

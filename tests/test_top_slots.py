@@ -104,7 +104,7 @@ def test_whom_a_mark_is_for(form, alike):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_counts_may_be_zeroed_by_what_made_the_scores(form, monkeypatch):
-    """By the kernels of votes and of pooled, for rows that do not skip."""
+    """By the kernels of votes, and counted by that of pooled, for rows that do not skip."""
     monkeypatch.setattr(top_slots, "choose", lambda scores: (form[0], ""))
     g, n = torch.Generator().manual_seed(0), 8300
     q, k = torch.randn(2, 4, 1, 16, generator=g).to(form[1]), torch.randn(2, 2, n, 16, generator=g).to(form[1])
@@ -118,12 +118,16 @@ def test_what_counts_may_be_zeroed_by_what_made_the_scores(form, monkeypatch):
     wanted = top_slots.run(scores, 100, _backend=form[0])
     found = top_slots.run(scores, 100, bins=bins, _backend=form[0])
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
-    zero.fill_(1)
-    scores = pooled.run(scores, 7, end - 1, skip=skip, zero=zero, _backend=form[0])
-    assert (zero[0] == 0).all()
+    if bins is None:
+        bins = torch.zeros(2, 2, 3, 2048, dtype=torch.int32)
+    bins.zero_()
+    scores = pooled.run(scores, 7, end - 1, skip=skip, bins=bins, _backend=form[0])
+    by_hand = torch.zeros_like(bins[:1])
+    top_slots.count_first(scores[:1], by_hand)
+    assert torch.equal(bins[:1], by_hand) and (by_hand.sum((-1, -2)) == n).all() and (bins[:, :, 1:] == 0).all()
     wanted = top_slots.run(scores[:1], 100, _backend=form[0])[0]
     old = tuple(x.clone() for x in found)
-    again = top_slots.run(scores, 100, old=old, skip=skip[:, None], bins=bins, _backend=form[0])[0]
+    again = top_slots.run(scores, 100, old=old, skip=skip[:, None], bins=bins, counted=True, _backend=form[0])[0]
     assert torch.equal(again[:1], wanted) and torch.equal(again[1], found[0][1])
 
 
@@ -147,6 +151,8 @@ def test_choice_and_refusals():
         top_slots.run(scores, 3, _backend="nonsense")
     with pytest.raises(InputError, match="`old` and `skip` together"):
         top_slots.run(scores, 3, skip=torch.ones((), dtype=torch.bool))
+    with pytest.raises(InputError, match="without the bins it counted in; give `bins`"):
+        top_slots.run(scores, 3, counted=True)
 
 
 @needs_triton

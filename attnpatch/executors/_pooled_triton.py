@@ -6,22 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors._top_slots_triton import BINS, PASSES, count_first
+
 CUT = 1024
 """Scores of a program."""
 
 
-@triton.jit(do_not_specialize=["slots", "half", "room"])
-def _pool(SCORES, NEWEST, SKIP, OUT, ZERO, newest_batch, heads, slots, half, room, N: tl.constexpr, OWN: tl.constexpr,
-          HAS_SKIP: tl.constexpr, HAS_ZERO: tl.constexpr):  # fmt: skip
-    """OUT fp32 [B * heads, slots]; ZERO int32 [B * heads, room] is set to 0."""
+@triton.jit(do_not_specialize=["slots", "half"])
+def _pool(SCORES, NEWEST, SKIP, OUT, HIST, newest_batch, heads, slots, half, N: tl.constexpr, OWN: tl.constexpr,
+          HAS_SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
+          BINS: tl.constexpr):  # fmt: skip
+    """OUT fp32 [B * heads, slots]; HIST int32 [B * heads, PASSES, BINS] of `top_slots`."""
     row = tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + row // heads) != 0:
             return
-    if HAS_ZERO:
-        for begin in range(tl.program_id(0) * N, room, tl.num_programs(0) * N):
-            i = begin + tl.arange(0, N)
-            tl.store(ZERO + row * room + i, tl.zeros([N], tl.int32), mask=i < room)
     newest = tl.load(NEWEST + row // heads * newest_batch).to(tl.int32)
     slot = tl.program_id(0) * N + tl.arange(0, N)
     last = newest
@@ -37,6 +36,8 @@ def _pool(SCORES, NEWEST, SKIP, OUT, ZERO, newest_batch, heads, slots, half, roo
     if OWN:
         best = tl.where(slot == newest, float("inf"), best)
     tl.store(OUT + row * slots + slot, best, mask=slot < slots)
+    if COUNT:
+        count_first(HIST + row * PASSES * BINS, best, slot < slots, BINS)
 
 
 def launch(
@@ -45,13 +46,13 @@ def launch(
     newest: torch.Tensor,
     own: bool,
     skip: torch.Tensor | None,
-    zero: torch.Tensor | None,
+    bins: torch.Tensor | None,
 ) -> torch.Tensor:
     """As `pooled.run`."""
     (batch, heads, slots), out = scores.shape, torch.empty_like(scores)
     _pool[(-(-slots // CUT), batch * heads)](
-        scores, newest, scores if skip is None else skip.view(torch.uint8), out, out if zero is None else zero,
-        newest.stride(0), heads, slots, width // 2, 0 if zero is None else zero.numel() // (batch * heads),
-        N=CUT, OWN=own, HAS_SKIP=skip is not None, HAS_ZERO=zero is not None, num_warps=4,
+        scores, newest, scores if skip is None else skip.view(torch.uint8), out, out if bins is None else bins,
+        newest.stride(0), heads, slots, width // 2, N=CUT, OWN=own,
+        HAS_SKIP=skip is not None, COUNT=bins is not None, PASSES=PASSES, BINS=BINS, num_warps=4,
     )  # fmt: skip
     return out

@@ -68,6 +68,15 @@ def _short(
 
 
 @triton.jit
+def count_first(HIST, score, ok, BINS: tl.constexpr):
+    """The first pass, of scores [N] that a kernel has at hand; HIST int32 [BINS] is of their row."""
+    bits = score.to(tl.int32, bitcast=True)
+    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    hist = tl.histogram((key >> 21).to(tl.int32), BINS, mask=ok & (key > 0x007FFFFF))
+    tl.atomic_add(HIST + tl.arange(0, BINS), hist, mask=hist > 0, sem="relaxed")
+
+
+@triton.jit
 def _digit(HIST, wanted, BINS: tl.constexpr):
     """The highest digit with `wanted` scores at or above it, and how many of its own are still wanted."""
     b = tl.arange(0, BINS)
@@ -180,7 +189,7 @@ def _shared(x: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, int]:
 
 def launch(
     scores: torch.Tensor, k: int, most: torch.Tensor | None, skip: torch.Tensor | None, index: torch.Tensor,
-    count: torch.Tensor, bins: torch.Tensor | None = None,
+    count: torch.Tensor, bins: torch.Tensor | None = None, counted: bool = False,
 ) -> None:  # fmt: skip
     """Fill index int32 [..., k] and count int32 [...], both contiguous, as `top_slots.run` returns them."""
     n, rows = scores.shape[-1], count.numel()
@@ -204,7 +213,7 @@ def launch(
     state, parts = rest[: rows * 8], rest[rows * 8 :]
     common = {"N": size, "BINS": BINS, "HAS_MOST": most is not None, **has, "num_warps": 4}
     given = n, k, marks_share, limit_share
-    for step in range(PASSES):
+    for step in range(1 if counted else 0, PASSES):
         _histogram[(cuts, rows)](scores, limit, marks, hist, state, count, *given, PASS=step, **common)
     _count[(cuts, rows)](scores, limit, marks, hist, state, count, parts, *given, **common)
     _gather[(cuts, rows)](

@@ -110,7 +110,7 @@ def test_what_counts_may_be_zeroed_by_what_made_the_scores(form, monkeypatch):
     q, k = torch.randn(2, 4, 1, 16, generator=g).to(form[1]), torch.randn(2, 2, n, 16, generator=g).to(form[1])
     bins = top_slots.bins((2, 2), n, q.device)
     assert (bins is None) == (form[0] == "torch") and top_slots.bins((2, 2), 8000, q.device) is None
-    zero = torch.empty(2, 2, 3, 7, dtype=torch.int32, device=form[1]) if bins is None else bins
+    zero = torch.empty(2, 2, 4, 256, dtype=torch.int32, device=form[1]) if bins is None else bins
     end, skip = torch.tensor([n, 5000], device=form[1]), torch.tensor([False, True], device=form[1])
     zero.fill_(1)
     scores = votes.run(q, k, end=end, reduce="max", heads=2, zero=zero, _backend=form[0])
@@ -119,7 +119,7 @@ def test_what_counts_may_be_zeroed_by_what_made_the_scores(form, monkeypatch):
     found = top_slots.run(scores, 100, bins=bins, _backend=form[0])
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     if bins is None:
-        bins = torch.zeros(2, 2, 3, 2048, dtype=torch.int32)
+        bins = torch.zeros(2, 2, 4, 256, dtype=torch.int32)
     bins.zero_()
     scores = pooled.run(scores, 7, end - 1, skip=skip, bins=bins, _backend=form[0])
     by_hand = torch.zeros_like(bins[:1])

@@ -1,7 +1,7 @@
 """The Triton kernels of `top_slots`: the k-th highest score bit by bit, then what is above it, in order of the slots.
 
 Imported at the first call only. A score is read as the unsigned integer that orders as it does. Short rows are one
-program's work; long ones are cut, and the k-th highest found by three histograms of eleven bits each.
+program's work; long ones are cut, and the k-th highest found by four histograms of eight bits each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 SHORT = 8192
 """Scores of a row up to which one program takes it whole."""
-PASSES, BINS = 3, 2048  # digits of 11, 11 and 10 bits
+PASSES, BINS = 4, 256  # a histogram of more bins costs more than the pass it saves
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def count_first(HIST, score, ok, BINS: tl.constexpr):
     """The first pass, of scores [N] that a kernel has at hand; HIST int32 [BINS] is of their row."""
     bits = score.to(tl.int32, bitcast=True)
     key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
-    hist = tl.histogram((key >> 21).to(tl.int32), BINS, mask=ok & (key > 0x007FFFFF))
+    hist = tl.histogram((key >> 24).to(tl.int32), BINS, mask=ok & (key > 0x007FFFFF))
     tl.atomic_add(HIST + tl.arange(0, BINS), hist, mask=hist > 0, sem="relaxed")
 
 
@@ -99,7 +99,7 @@ def _state(HIST, STATE, MOST, COUNT, row, most_row, k, first, PASS: tl.constexpr
     else:
         prefix = tl.load(STATE + 2 * (PASS - 1)).to(tl.uint32, bitcast=True)
         digit, left = _digit(HIST + (PASS - 1) * BINS, tl.load(STATE + 2 * (PASS - 1) + 1), BINS)
-        prefix = (prefix << (11 if PASS == 2 else 10)) | digit.to(tl.uint32, bitcast=True)
+        prefix = (prefix << 8) | digit.to(tl.uint32, bitcast=True)
     if first:
         tl.store(STATE + 2 * PASS, prefix.to(tl.int32, bitcast=True))
         tl.store(STATE + 2 * PASS + 1, left)
@@ -111,23 +111,23 @@ def _histogram(
     SCORES, MOST, SKIP, HIST, STATE, COUNT, n, k, skip_share, most_share,
     N: tl.constexpr, PASS: tl.constexpr, BINS: tl.constexpr, HAS_MOST: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys of a cut that begin as the k-th highest does to HIST int32 [rows, 3, BINS], by their next digit.
+    """Adds the keys of a cut that begin as the k-th highest does to HIST int32 [rows, 4, BINS], by their next digit.
 
-    STATE int32 [rows, 4, 2]: what `_state` found before each pass. *_share: rows for which one SKIP or MOST stands.
+    STATE int32 [rows, 5, 2]: what `_state` found before each pass. *_share: rows for which one SKIP or MOST stands.
     """
     cut, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + row // skip_share) != 0:
             return
-    HIST += row * 3 * BINS
+    HIST += row * 4 * BINS
     slot, b = cut * N + tl.arange(0, N), tl.arange(0, BINS)
     key, ok = _keys(SCORES + row * n, slot, slot < n)
     if PASS > 0:
         prefix, _ = _state(
-            HIST, STATE + row * 8, MOST, COUNT, row, row // most_share, k, cut == 0, PASS, BINS, HAS_MOST
+            HIST, STATE + row * 10, MOST, COUNT, row, row // most_share, k, cut == 0, PASS, BINS, HAS_MOST
         )
-        ok = ok & ((key >> (21 if PASS == 1 else 10)) == prefix)
-    digit = ((key >> (21 if PASS == 0 else 10 if PASS == 1 else 0)) & (1023 if PASS == 2 else 2047)).to(tl.int32)
+        ok = ok & ((key >> (32 - 8 * PASS)) == prefix)
+    digit = ((key >> (24 - 8 * PASS)) & 255).to(tl.int32)
     hist = tl.histogram(digit, BINS, mask=ok)
     tl.atomic_add(HIST + PASS * BINS + b, hist, mask=hist > 0, sem="relaxed")
 
@@ -145,7 +145,7 @@ def _count(
     slot = cut * N + tl.arange(0, N)
     key, ok = _keys(SCORES + row * n, slot, slot < n)
     edge, _ = _state(
-        HIST + row * 3 * BINS, STATE + row * 8, MOST, COUNT, row, row // most_share, k, cut == 0, 3, BINS, HAS_MOST
+        HIST + row * 4 * BINS, STATE + row * 10, MOST, COUNT, row, row // most_share, k, cut == 0, 4, BINS, HAS_MOST
     )
     at = CUTS + (row * tl.num_programs(0) + cut) * 2
     tl.store(at, tl.sum((ok & (key > edge)).to(tl.int32), 0))
@@ -166,8 +166,8 @@ def _gather(
     CUTS += row * cuts * 2
     over = tl.load(CUTS + 2 * c, mask=c < cuts, other=0)
     tie = tl.load(CUTS + 2 * c + 1, mask=c < cuts, other=0)
-    edge = tl.load(STATE + row * 8 + 6).to(tl.uint32, bitcast=True)
-    left = tl.load(STATE + row * 8 + 7)
+    edge = tl.load(STATE + row * 10 + 8).to(tl.uint32, bitcast=True)
+    left = tl.load(STATE + row * 10 + 9)
     slot = cut * N + i
     key, ok = _keys(SCORES + row * n, slot, slot < n)
     for end in range(tl.sum(over, 0) + left + cut * N, k, cuts * N):  # k may exceed n
@@ -209,8 +209,8 @@ def launch(
     size = max(1024, triton.next_power_of_2(n) // 512)
     cuts = -(-n // size)
     hist = torch.zeros(rows, PASSES, BINS, dtype=torch.int32, device=scores.device) if bins is None else bins
-    rest = torch.empty(rows * (8 + 2 * cuts), dtype=torch.int32, device=scores.device)
-    state, parts = rest[: rows * 8], rest[rows * 8 :]
+    rest = torch.empty(rows * (10 + 2 * cuts), dtype=torch.int32, device=scores.device)
+    state, parts = rest[: rows * 10], rest[rows * 10 :]
     common = {"N": size, "BINS": BINS, "HAS_MOST": most is not None, **has, "num_warps": 4}
     given = n, k, marks_share, limit_share
     for step in range(1 if counted else 0, PASSES):

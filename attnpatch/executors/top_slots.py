@@ -36,7 +36,7 @@ def bins(shape: torch.Size, n: int, device: torch.device) -> torch.Tensor | None
 def count_first(scores: torch.Tensor, bins: torch.Tensor) -> None:
     """Add scores fp32 [..., n] to bins [..., passes, BINS] by their first digit, in place."""
     bits = scores.view(torch.int32)
-    digit = ((bits ^ ((bits >> 31) | -(2**31))) >> 21) & 2047
+    digit = ((bits ^ ((bits >> 31) | -(2**31))) >> 24) & 255
     bins[..., 0, :].scatter_add_(-1, digit.long(), (scores > float("-inf")).to(torch.int32))
 
 

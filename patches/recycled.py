@@ -176,39 +176,44 @@ class RefreshKV(Patch):
         if ctx.ragged and like is None:  # a row without a token keeps its list
             like = newest < 0
         seen = kv.plain.pop("recycled_seen", None) if ctx.event == "step" else None
-        scores = self.scores(q, kv, ctx, newest, like, seen)
+        bins = top_slots.bins(listed.shape[:2], kv.S, q.device) if self._ranged(kv, ctx) else None
+        scores = self.scores(q, kv, ctx, newest, like, seen, bins)
         old = None if like is None else (listed, torch.empty(listed.shape[:2], dtype=torch.int32, device=q.device))
         index, _ = top_slots.run(
-            scores, listed.shape[-1], size[:, None], old=old, skip=None if like is None else like[:, None]
-        )
+            scores, listed.shape[-1], size[:, None], old=old, skip=None if like is None else like[:, None],
+            bins=bins, counted=bins is not None,
+        )  # fmt: skip
         value = torch.empty_like(score) if like is None else score
         weakest.renew(
             index, value, scores, size=size if ctx.ragged else None, skip=like, least=kv.rows.get("recycled_least")
         )
         kv.rows["recycled"], kv.rows["recycled_score"] = index, value
 
+    def _ranged(self, kv: KV, ctx: Ctx) -> bool:
+        """Whether slots are positions."""
+        return kv.complete and (kv.aligned or not ctx.ragged)
+
     def scores(
         self, q: Tensor, kv: KV, ctx: Ctx, newest: Tensor, skip: Tensor | None = None,
-        known: dict[str, Tensor] | None = None,
+        known: dict[str, Tensor] | None = None, bins: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """What the list goes by, fp32 [B, Hkv, S], -inf at free slots: pooled attention of q [B, Hq, 1, D].
 
         newest: int [B], position of q, -1 = no query; skip: bool [B], rows of which nothing is asked.
-        known: `Selection.leave` of this step.
+        known: `Selection.leave` of this step. bins: of `top_slots`, where slots are positions, in which
+        the scores are counted by the way.
         """
         from torch.nn.functional import max_pool1d
 
         from attnpatch.executors import column_sums, pooled, votes
 
-        if kv.complete and (kv.aligned or not ctx.ragged):  # slots are positions
+        if self._ranged(kv, ctx):
             reduce = "max" if self.gqa == "group_max" else "mean"
             scores = votes.run(
                 q, kv.k, end=newest, late=-1, scaling=ctx.scaling, softcap=ctx.softcap, reduce=reduce,
-                heads=kv.k.shape[1], skip=skip, known=known,
+                heads=kv.k.shape[1], skip=skip, known=known, zero=bins,
             )  # fmt: skip
-            if self.kernel_size == 1 and not self.force_self:
-                return scores
-            return pooled.run(scores, self.kernel_size, newest, own=self.force_self, skip=skip)
+            return pooled.run(scores, self.kernel_size, newest, own=self.force_self, skip=skip, bins=bins)
         probs = column_sums.run(q, kv, q_pos=newest[:, None], scaling=ctx.scaling, softcap=ctx.softcap)
         group = column_sums.group_max if self.gqa == "group_max" else column_sums.group_mean
         scores = group(probs, kv.k.shape[1])

@@ -239,8 +239,9 @@ class TokenSelect(Patch):
         part = kv
         if self.repositions:
             q, part = ctx.turn(q, self.n_local - newest[:, None]), replace(kv, k=self._raw(kv, ctx))
-        votes = self.votes(q, part, newest, like, ctx.shard)
-        index, count = top_slots.run(votes, self.top_k, old=old, skip=like)
+        bins = top_slots.bins(newest.shape, kv.S, q.device) if self.selection == "soft_vote" else None
+        votes = self.votes(q, part, newest, like, ctx.shard, bins)
+        index, count = top_slots.run(votes, self.top_k, old=old, skip=like, bins=bins)
         kv.rows["tokens"], kv.rows["tokens_count"] = index, count
         return index, count
 
@@ -253,12 +254,14 @@ class TokenSelect(Patch):
         kv.rows["tokens_tally"] = torch.stack([steps, hits], -1)  # int64 [B, 2]
 
     def votes(
-        self, q: Tensor, kv: KV, newest: Tensor, skip: Tensor | None = None, shard: Shard | None = None
-    ) -> Tensor:
+        self, q: Tensor, kv: KV, newest: Tensor, skip: Tensor | None = None, shard: Shard | None = None,
+        zero: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """fp32 [B, S]: votes for the tokens between the first and the last ones, -inf elsewhere.
 
         q: [B, Hq, 1, D]; newest: int [B], position of q; skip: bool [B], rows of which nothing is asked.
         shard: whose heads vote besides, those of other processes; None = nobody's.
+        zero: [B, ...] of a soft vote, set to 0 besides, but for rows that skip.
         """
         import torch
         from torch.nn.functional import max_pool1d
@@ -270,7 +273,7 @@ class TokenSelect(Patch):
         if self.strict:  # the head that stands where the kernel pairs it with KV head h mod Hkv
             q = q.unflatten(1, (-1, kv.k.shape[1])).transpose(1, 2).flatten(1, 2)
         if self.selection == "soft_vote":
-            found = votes.run(q, kv.k, first=self.n_init, end=newest, late=late, skip=skip)[:, 0]
+            found = votes.run(q, kv.k, first=self.n_init, end=newest, late=late, skip=skip, zero=zero)[:, 0]
             found = found if shard is None else shard.sum(found)
             if self.pool_kernel == 1:
                 return found

@@ -16,7 +16,17 @@ import attnpatch
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.errors import ConfigError
-from attnpatch.executors import dispatch, gather_decode, naive, page_bounds
+from attnpatch.executors import (
+    dispatch,
+    gather_decode,
+    likeness,
+    naive,
+    page_bounds,
+    pooled,
+    top_slots,
+    votes,
+    weakest,
+)  # fmt: skip
 
 # ---- a layer as the engine hands it to the hooks ----
 
@@ -612,7 +622,7 @@ def test_similarity_is_of_queries_before_their_rotation(monkeypatch):
     """One token over and over, as the first layer's queries: alike before the rotation, whatever their positions."""
     model, found = tiny("llama"), []
     like = RefreshKV._like
-    monkeypatch.setattr(RefreshKV, "_like", lambda *args: found.append(like(*args)) or found[-1])
+    monkeypatch.setattr(RefreshKV, "_like", lambda *args, **kw: found.append(like(*args, **kw)) or found[-1])
     hyper = {"budget": 20, "min_budget": 1, "stride": 2, "threshold": 0.99999}
     with attnpatch.patched(model, "recycled", layers=[0], **hyper), torch.no_grad():
         cache, ids = attnpatch.PatchCache(model), torch.full((1, 50), 7)
@@ -750,20 +760,33 @@ def test_recycled_rows_whose_prompt_ends_in_an_earlier_chunk(schedule, end):
     assert torch.equal(found[1][1], found[0][1])
 
 
-# ---- the Triton kernel of these lists, interpreted ----
+# ---- the Triton kernels of these steps, interpreted ----
 
 
 def interpreted():
     """Runs in a process of its own: the interpreter must be asked for before triton is imported."""
+    from attnpatch.executors import _top_slots_triton
+
     mend_interpreter()
-    gather_decode._decide = lambda call, forced: ("triton", "compared")
-    qc = {"schedule": "qc", "stride": 3, "threshold": 0.1}
-    for patch in (Quest(**QUEST), RefreshKV(**RECYCLED), RefreshKV(**{**RECYCLED, **qc}), HiP(**{**HIP, "refresh": 3}),
-                  TokenSelect(**TOKENS)):  # fmt: skip
-        layer = Layer(batch=2, dim=16)
-        layer.attended(patch, [60, 60], "prompt")
-        for n in range(61, 70):
-            layer.attended(patch, [n, n])
+    qc, found = {"schedule": "qc", "stride": 3, "threshold": 0.1}, []
+    patches = [Quest(**QUEST), RefreshKV(**RECYCLED), RefreshKV(**{**RECYCLED, **qc}), HiP(**{**HIP, "refresh": 3}),
+               TokenSelect(**TOKENS), TokenSelect(**{**TOKENS, "threshold": 0.1})]  # fmt: skip
+    for form in ("torch", "triton"):
+        if form == "triton":
+            gather_decode._decide = lambda call, forced: ("triton", "compared")
+            for executor in (likeness, pooled, top_slots, votes, weakest):
+                executor.choose = lambda *args: ("triton", "compared")
+            _top_slots_triton.SHORT = 32
+        for patch in patches:
+            for short in (0, 17):
+                layer = Layer(batch=3, dim=16)
+                layer.attended(patch, [60, 60 - short, 60], "prompt")
+                for i in range(1, 8):
+                    paused = [2] if short and i == 3 else []
+                    found.append((layer.attended(patch, [60 + i, 60 + i - short, 60 + i], paused=paused), patch, i))
+    half = len(found) // 2
+    for wanted, got in zip(found[:half], found[half:], strict=True):
+        assert wanted == got, wanted[1:]
 
 
 @needs_triton

@@ -7,7 +7,7 @@ import torch
 from interpreter import DEVICE, FORMS, INTERPRETED, mend_interpreter, needs_triton, run_interpreted
 
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors import top_slots
+from attnpatch.executors import pooled, top_slots, votes
 
 if INTERPRETED:
     mend_interpreter()
@@ -26,7 +26,7 @@ def check(backend, scores, k, most=None):
     most = torch.full(count.shape, k) if most is None else most.expand(count.shape)
     given = scores.reshape(-1, n), index.reshape(-1, k), count.flatten(), most.flatten()
     for row, found, width, limit in zip(*(x.tolist() for x in given), strict=True):
-        wanted = expected(row, min(k, limit))
+        wanted = expected(row, max(0, min(k, limit)))
         assert found == wanted + [n] * (k - len(wanted)) and width == len(wanted)
 
 
@@ -69,7 +69,11 @@ def test_rows_with_few_or_no_scores_and_limits(form, n):
     scores[0, 1, :5] = 1.0
     check(form[0], scores, 20)
     check(form[0], scores, 20, torch.tensor([[3], [0]], device=form[1]))
-    check(form[0], scores, 20, torch.tensor([[-1, 4, 30], [8, 9, 10]], device=form[1]))
+    limits = torch.tensor([[-1, 4, 30], [8, 9, 10]], device=form[1])
+    check(form[0], scores, 20, limits)
+    check(form[0], scores[1:], 20, limits[1:])
+    check(form[0], scores, 20, limits[0])
+    check(form[0], scores, 20, limits[0, 1])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -83,6 +87,48 @@ def test_rows_that_skip_keep_what_they_had(form, n):
     found = top_slots.run(second, 9, old=old, skip=skip, _backend=form[0])
     for a, b, c, d in zip(found, old, before, new, strict=True):
         assert a is b and torch.equal(a[0], c[0]) and torch.equal(a[1], d[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("alike", ["rows", "heads", "all", "none"])
+def test_whom_a_mark_is_for(form, alike):
+    first, second = (drawn(kind, 2, 3, 8500, device=form[1]) for kind in ("noise", "ties"))
+    skip = {"rows": [[True], [False]], "heads": [[True, False, True]], "all": True,
+            "none": [[False, True, True], [True, True, False]]}[alike]  # fmt: skip
+    skip = torch.tensor(skip, device=form[1])
+    old = top_slots.run(first, 9, _backend=form[0])
+    before, new = old[0].clone(), top_slots.run(second, 9, _backend=form[0])[0]
+    found = top_slots.run(second, 9, old=old, skip=skip, _backend=form[0])[0]
+    assert torch.equal(found, torch.where(skip.expand(2, 3)[..., None], before, new))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_counts_may_be_zeroed_by_what_made_the_scores(form, monkeypatch):
+    """By the kernels of votes, and counted by that of pooled, for rows that do not skip."""
+    monkeypatch.setattr(top_slots, "choose", lambda scores: (form[0], ""))
+    g, n = torch.Generator().manual_seed(0), 8300
+    q, k = torch.randn(2, 4, 1, 16, generator=g).to(form[1]), torch.randn(2, 2, n, 16, generator=g).to(form[1])
+    bins = top_slots.bins((2, 2), n, q.device)
+    assert (bins is None) == (form[0] == "torch") and top_slots.bins((2, 2), 8000, q.device) is None
+    zero = torch.empty(2, 2, 4, 256, dtype=torch.int32, device=form[1]) if bins is None else bins
+    end, skip = torch.tensor([n, 5000], device=form[1]), torch.tensor([False, True], device=form[1])
+    zero.fill_(1)
+    scores = votes.run(q, k, end=end, reduce="max", heads=2, zero=zero, _backend=form[0])
+    assert (zero == 0).all()
+    wanted = top_slots.run(scores, 100, _backend=form[0])
+    found = top_slots.run(scores, 100, bins=bins, _backend=form[0])
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    if bins is None:
+        bins = torch.zeros(2, 2, 4, 256, dtype=torch.int32)
+    bins.zero_()
+    scores = pooled.run(scores, 7, end - 1, skip=skip, bins=bins, _backend=form[0])
+    by_hand = torch.zeros_like(bins[:1])
+    top_slots.count_first(scores[:1], by_hand)
+    assert torch.equal(bins[:1], by_hand) and (by_hand.sum((-1, -2)) == n).all() and (bins[:, :, 1:] == 0).all()
+    wanted = top_slots.run(scores[:1], 100, _backend=form[0])[0]
+    old = tuple(x.clone() for x in found)
+    again = top_slots.run(scores, 100, old=old, skip=skip[:, None], bins=bins, counted=True, _backend=form[0])[0]
+    assert torch.equal(again[:1], wanted) and torch.equal(again[1], found[0][1])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -105,6 +151,8 @@ def test_choice_and_refusals():
         top_slots.run(scores, 3, _backend="nonsense")
     with pytest.raises(InputError, match="`old` and `skip` together"):
         top_slots.run(scores, 3, skip=torch.ones((), dtype=torch.bool))
+    with pytest.raises(InputError, match="without the bins it counted in; give `bins`"):
+        top_slots.run(scores, 3, counted=True)
 
 
 @needs_triton

@@ -87,6 +87,7 @@ def _part(
     D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     LISTS: tl.constexpr, COUNTS: tl.constexpr, COLS: tl.constexpr, AT: tl.constexpr, HOLES: tl.constexpr,
     SCAN: tl.constexpr, SOFTCAP: tl.constexpr, ALL: tl.constexpr, LEAVE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """PART fp32 [B * Hq, splits, D], LSE fp32 [B * Hq, splits], base 2. A unit is ROWS query heads with one list.
 
@@ -134,7 +135,7 @@ def _part(
     end = last
     if ALL:  # slot after slot, which the loads need not wait for a list to name
         end = tl.where(listing, last, first)
-        for begin in range(first, tl.where(listing, first, last), N):
+        for begin in tl.range(first, tl.where(listing, first, last), N, num_stages=STAGES):
             slot = begin + n
             seen = slot < last
             pos = slot
@@ -145,7 +146,7 @@ def _part(
                 q, K, V, LOGITS, slot, seen, m, d, k_step, v_step, slots, scale, cap, acc, top, mass,
                 D, ROWS, SOFTCAP, LEAVE,
             )  # fmt: skip
-    for begin in range(first, end, N):
+    for begin in tl.range(first, end, N, num_stages=STAGES):
         slot, listed, close = _named(
             begin + n, width, columns, sink, near, start, INDEX, COLUMNS, PAGE, LISTS, COLS, SCAN
         )
@@ -242,7 +243,9 @@ def launch(
         float(ctx.scaling), float(ctx.softcap or 1.0), slots, width, wide, selection.sink, selection.window,
         2**31 - 1 if ctx.window is None else ctx.window, splits, units, units // kv_heads, *shares,
         LISTS=index is not None, COUNTS=count is not None, COLS=columns is not None, AT=ctx.q_pos is not None,
-        HOLES=read, SCAN=scan, SOFTCAP=ctx.softcap is not None, ALL=only is not None, LEAVE=logits is not part, **sizes,
+        HOLES=read, SCAN=scan, SOFTCAP=ctx.softcap is not None, ALL=only is not None, LEAVE=logits is not part,
+        # registers leave room for two programs anyhow where rows may attend everything
+        STAGES=2 if only is None else 3, **sizes,
     )  # fmt: skip
     out = torch.empty(batch, 1, heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, 1, dtype=torch.float32, device=q.device) if want_lse else None

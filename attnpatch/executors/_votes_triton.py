@@ -61,21 +61,26 @@ def _logits(
     tl.store(MASS + at, mass, mask=m < ROWS)
 
 
-@triton.jit(do_not_specialize=["slots", "first", "parts", "late"])
+@triton.jit(do_not_specialize=["slots", "first", "parts", "late", "room"])
 def _reduce(
-    LOGITS, TOP, MASS, END, SKIP, OUT, end_batch, slots, first, late, parts, outs,
+    LOGITS, TOP, MASS, END, SKIP, OUT, ZERO, end_batch, slots, first, late, parts, outs, room,
     HEADS: tl.constexpr, H: tl.constexpr, N: tl.constexpr, CUTS: tl.constexpr, KIND: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_MASS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
 ):  # fmt: skip
     """OUT fp32 [B, outs, slots]: sum, max or mean of the probabilities of the HEADS query heads of each.
 
-    Without HAS_MASS, TOP is the log-sum-exp of each part.
+    Without HAS_MASS, TOP is the log-sum-exp of each part. ZERO int32 [B * outs, room] is set to 0.
     """
     batch, out = tl.program_id(1) // outs, tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + batch) != 0:
             return
     end = tl.minimum(tl.load(END + batch * end_batch).to(tl.int32) - late, slots)
+    if HAS_ZERO:
+        for at in range(tl.program_id(0) * 1024, room, tl.num_programs(0) * 1024):
+            i = at + tl.arange(0, 1024)
+            tl.store(ZERO + out * room + i, tl.zeros([1024], tl.int32), mask=i < room)
     h, c = tl.arange(0, H), tl.arange(0, CUTS)
     slot = tl.program_id(0) * N + tl.arange(0, N)
     inside = (slot >= first) & (slot < end)
@@ -118,7 +123,7 @@ def shapes(dim: int, size: int, rows: int) -> dict[str, int]:
 def launch(
     q: torch.Tensor, k: torch.Tensor, first: int, end: torch.Tensor, late: int, scaling: float,
     softcap: float | None, reduce: str, outs: int, skip: torch.Tensor | None,
-    known: dict[str, torch.Tensor] | None = None,
+    known: dict[str, torch.Tensor] | None = None, zero: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """fp32 [B, outs, S], as `votes.run`."""
     (batch, heads, _, dim), (kv_heads, slots) = q.shape, k.shape[1:3]
@@ -142,9 +147,10 @@ def launch(
     per = heads // outs
     wide = triton.next_power_of_2(per)
     width = max(64, min(1024, 8192 // wide))
+    zeros, room = (out, 0) if zero is None else (zero, zero.numel() // (batch * outs))
     _reduce[(-(-slots // width), batch * outs)](
-        logits, top, mass, end, flag, out, end.stride(0), slots, first, late, parts, outs,
-        HEADS=per, H=wide, N=width, CUTS=triton.next_power_of_2(parts), KIND=reduce, HAS_MASS=not known, **marks,
-        num_warps=4,
+        logits, top, mass, end, flag, out, zeros, end.stride(0), slots, first, late, parts, outs, room,
+        HEADS=per, H=wide, N=width, CUTS=triton.next_power_of_2(parts), KIND=reduce, HAS_MASS=not known,
+        HAS_ZERO=zero is not None, **marks, num_warps=4,
     )  # fmt: skip
     return out

@@ -24,6 +24,22 @@ def choose(scores: torch.Tensor) -> tuple[str, str]:
     return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
 
 
+def bins(shape: torch.Size, n: int, device: torch.device) -> torch.Tensor | None:
+    """What `run` counts in for rows [...] = shape of n fp32 scores, not zeroed; None where it needs nothing."""
+    if choose(torch.empty(0, device=device))[0] != "triton":
+        return None
+    from attnpatch.executors._top_slots_triton import BINS, PASSES, SHORT
+
+    return None if n <= SHORT else torch.empty(*shape, PASSES, BINS, dtype=torch.int32, device=device)
+
+
+def count_first(scores: torch.Tensor, bins: torch.Tensor) -> None:
+    """Add scores fp32 [..., n] to bins [..., passes, BINS] by their first digit, in place."""
+    bits = scores.view(torch.int32)
+    digit = ((bits ^ ((bits >> 31) | -(2**31))) >> 24) & 255
+    bins[..., 0, :].scatter_add_(-1, digit.long(), (scores > float("-inf")).to(torch.int32))
+
+
 def _run_torch(scores: torch.Tensor, k: int, most: torch.Tensor | None) -> Result:
     n = scores.shape[-1]
     index = ranked(scores, min(k, n))
@@ -37,16 +53,21 @@ def _run_torch(scores: torch.Tensor, k: int, most: torch.Tensor | None) -> Resul
 @torch.no_grad()
 def run(
     scores: torch.Tensor, k: int, most: torch.Tensor | None = None, *, old: Result | None = None,
-    skip: torch.Tensor | None = None, _backend: str | None = None,
+    skip: torch.Tensor | None = None, bins: torch.Tensor | None = None, counted: bool = False,
+    _backend: str | None = None,
 ) -> Result:  # fmt: skip
     """The k best slots of each row, ascending, and how many: int32 [..., k], packed left, n behind; int32 [...].
 
     scores: fp32 [..., n]; ties go to the later slot, -inf is never chosen. most: int, broadcasts to [...], no more than
     so many in a row. skip: bool, broadcasts to [...], rows whose scores are not read, which keep `old`, an earlier
-    result: it is overwritten and returned. Never waits for the device.
+    result: it is overwritten and returned. bins: of the function of that name, zeroed (but for
+    rows that skip) by whatever made the scores, which saves a launch; counted: it made the first pass, too
+    (`count_first`). Never waits for the device.
     """
     if (old is None) != (skip is None):
         raise InputError("top_slots takes `old` and `skip` together, or neither.")
+    if counted and bins is None:
+        raise InputError("top_slots cannot go on from a first pass without the bins it counted in; give `bins`.")
     name = _backend or choose(scores)[0]
     shape = scores.shape[:-1]
     if name == "torch":
@@ -67,5 +88,5 @@ def run(
             torch.empty(shape, dtype=torch.int32, device=scores.device),
         )
     with on(scores.device):
-        launch(scores, k, most, skip, *old)
+        launch(scores, k, most, skip, *old, bins, counted)
     return old

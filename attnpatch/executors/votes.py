@@ -41,7 +41,7 @@ def _run_torch(
 def run(
     q: torch.Tensor, k: torch.Tensor, *, end: torch.Tensor, first: int = 0, late: int = 0, scaling: float = 1.0,
     softcap: float | None = None, reduce: str = "sum", heads: int = 1, skip: torch.Tensor | None = None,
-    known: dict[str, torch.Tensor] | None = None, _backend: str | None = None,
+    known: dict[str, torch.Tensor] | None = None, zero: torch.Tensor | None = None, _backend: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Softmax of scaling * q . k over slots first .. end[b] - late - 1 of a row, reduced over heads; -inf elsewhere.
 
@@ -49,6 +49,7 @@ def run(
     Returns fp32 [B, heads, S], of which each is the sum, max or mean over Hq / heads neighbouring query heads.
     skip: bool [B], rows whose keys need not be read: what is returned of them is undefined. known: what attention over
     the same slots by the same queries left of the other rows (`Selection.leave`), which saves reading keys.
+    zero: int32 [B, heads, ...], set to 0 besides, but for rows that skip (`top_slots.bins`).
     """
     if q.shape[2] != 1 or q.shape[1] % heads or reduce not in REDUCE:
         raise InputError(
@@ -57,10 +58,12 @@ def run(
         )
     name = _backend or choose(q, k)[0]
     if name == "torch":
+        if zero is not None:
+            zero.zero_()
         return _run_torch(q, k, first, end, late, scaling, softcap, reduce, heads)
     if name != "triton":
         raise ConfigError(f"{name!r} is not a backend of votes; allowed: triton, torch.")
     from attnpatch.executors._votes_triton import launch
 
     with on(q.device):
-        return launch(q, k, first, end, late, scaling, softcap, reduce, heads, skip, known)
+        return launch(q, k, first, end, late, scaling, softcap, reduce, heads, skip, known, zero)

@@ -219,10 +219,10 @@ def launch(
     rest = torch.empty(rows * (10 + 2 * cuts), dtype=torch.int32, device=scores.device)
     state, parts = rest[: rows * 10], rest[rows * 10 :]
     common = {"N": size, "BINS": BINS, "HAS_MOST": most is not None, **has, "num_warps": 4}
-    given = n, k, marks_share, limit_share
+    shares = n, k, marks_share, limit_share
     for step in range(1 if counted else 0, PASSES):
-        _histogram[(cuts, rows)](scores, limit, marks, hist, state, count, *given, PASS=step, **common)
-    _count[(cuts, rows)](scores, limit, marks, hist, state, count, parts, *given, **common)
+        _histogram[(cuts, rows)](scores, limit, marks, hist, state, count, *shares, PASS=step, **common)
+    _count[(cuts, rows)](scores, limit, marks, hist, state, count, parts, *shares, **common)
     _gather[(cuts, rows)](
         scores, marks, state, parts, index, n, k, cuts, marks_share,
         N=size, CUT_COUNT=max(16, triton.next_power_of_2(cuts)), **has, num_warps=4,

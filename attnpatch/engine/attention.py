@@ -155,10 +155,7 @@ def _patched(
     custom = _custom_mask(call, layer, order, q, keeper)
     ctx = Ctx(ordinal or 0, len(plan.covered), call.phase, event, q_pos, (), scaling, softcap, None, custom)
     ctx.index, ctx.shard = index, plan.shard.fitting(q.shape[1])
-    if plan.rope is not None:
-        ctx.turn = lambda x, by: plan.rope.turn(x, index, by)
-        ctx.back = lambda x: call.unturned(x, index)
-        ctx.pairs = lambda: call.pairs(q, index)
+    _give_turns(ctx, call, index, q)
     reweighters = plan.reweighters[call.phase] if ordinal is not None else ()
     extra = layer.extra  # what this call finds; `keep` may change it for the next
     want_lse = bool(reweighters) or extra is not None or any(p.needs_lse for p in observers)
@@ -183,6 +180,15 @@ def _patched(
         return out
     back = order.argsort(dim=-1)[:, :, None, None].expand(-1, -1, out.shape[2], out.shape[3])
     return out.gather(1, back)
+
+
+def _give_turns(ctx: Ctx, call: Call, index: int, q: Tensor) -> None:
+    """What turns this layer's queries to other positions, where the plan has a method that needs it."""
+    rope = call.plan.rope
+    if rope is not None:
+        ctx.turn = lambda x, by: rope.turn(x, index, by)
+        ctx.back = lambda x: call.unturned(x, index)
+        ctx.pairs = lambda: call.pairs(q, index)
 
 
 def _may_evict(plan: Plan, layer: PatchLayer, event: str, turn: int) -> bool:

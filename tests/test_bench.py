@@ -245,6 +245,8 @@ def test_prefill_quick_run(tmp_path):
     prefill.main(["--quick", "--lengths", "600", "--device", "cpu", "--out", str(tmp_path / "p.json")])
     (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert set(row["methods"]) == set(prefill.METHODS)
+    prefill.main(["--quick", "--draws", "3", "--lengths", "2600", "--device", "cpu", "--out", str(tmp_path / "d.json")])
+    assert len(set(json.loads((tmp_path / "d.json").read_text())["rows"][0]["shares"])) == 3
     assert all(0 <= m["error"] < 0.1 for m in row["methods"].values())  # how far off, not what went wrong
     assert {f"{name} total" for name in prefill.METHODS} <= set(row["over_dense"])
 

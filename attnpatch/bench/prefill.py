@@ -36,13 +36,15 @@ HEADS = {"cuda": (32, 8, 128), "cpu": (8, 4, 64)}  # query heads, KV heads, head
 FULL, CPU, QUICK = (8192, 32768, 131072), (16384,), (600, 1300)
 
 
-def structured(length: int, heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    """q [1, Hq, N, D], k, v [1, Hkv, N, D]: noise plus one shared random vector, rotated (theta 500000), seed 0.
+def structured(
+    length: int, heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> tuple[Any, ...]:
+    """q [1, Hq, N, D], k, v [1, Hkv, N, D]: noise plus one shared random vector, rotated (theta 500000).
 
     The first four keys are doubled. Pure noise has no pattern that a method could find.
     """
     query_heads, kv_heads, dim = heads
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     shared = torch.randn(dim, generator=generator, device=device)
     angle = torch.arange(length, device=device)[:, None] / 500000 ** (torch.arange(0, dim, 2, device=device) / dim)
     cos, sin = (torch.cat([x, x], -1) for x in (angle.cos(), angle.sin()))  # [N, D]
@@ -59,10 +61,10 @@ def structured(length: int, heads: tuple[int, int, int], device: torch.device, d
 
 
 def problem(
-    length: int, heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+    length: int, heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> tuple[torch.Tensor, KV, Ctx]:
     """q, kv and ctx of a whole unpadded prompt of `structured`."""
-    q, k, v = structured(length, heads, device, dtype)
+    q, k, v = structured(length, heads, device, dtype, seed)
     pos = torch.arange(length, device=device)
     kv = KV(k, v, pos.to(torch.int32).expand(1, 1, -1), ordered=True)
     return q, kv, Ctx(0, 1, "prefill", "prompt", pos.expand(1, -1), (length,), heads[2] ** -0.5, ragged=False)
@@ -87,6 +89,17 @@ def computed(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> torch.Tensor:
     """Choosing and computing, term by term as the engine does: the output [1, N, Hq, D]."""
     decision = patch.select(q, kv, ctx)
     return summed(Selection() if decision is None else decision, q, kv, ctx, patch.merges)[0]
+
+
+def draws(
+    count: int, length: int, heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+) -> list[float]:
+    """FlexPrefill's share of the pages at gamma 0.9 for that many seeds of the input."""
+    patch, found = resolve("flexprefill", **METHODS["flexprefill"])[0], []
+    for seed in range(count):
+        q, kv, ctx = problem(length, heads, device, dtype, seed)
+        found.append(round(share(terms(patch, q, kv, ctx), length, length) or 0.0, 4))
+    return found
 
 
 def relative_error(patch: Patch, q: torch.Tensor, kv: KV, ctx: Ctx) -> float:
@@ -157,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU"
     )
     arguments.add_argument("--repeats", type=int, default=9)
+    arguments.add_argument("--draws", type=int, help="instead of times: FlexPrefill's share of the pages, seed by seed")
     args = arguments.parse_args(argv)
     device = torch.device(args.device)
     gpu = device.type == "cuda"
@@ -172,6 +186,10 @@ def main(argv: list[str] | None = None) -> None:
     }
     lengths = args.lengths or (QUICK if args.quick else FULL if gpu else CPU)
     repeats = 2 if args.quick else args.repeats
+    if args.draws:
+        shares = ((n, draws(args.draws, n, heads, device, dtype)) for n in lengths)
+        sweep(args.out, body, ({"tokens": n, "shares": x, "over_dense": {}} for n, x in shares))
+        return
     sweep(args.out, body, (row(length, heads, repeats, clock, dtype, args.methods) for length in lengths))
 
 

@@ -137,3 +137,10 @@ def test_explain_tells_why_nothing_is_drawn(tmp_path):
     command = ["explain", "minference", "--trace", str(tmp_path / "x.svg"), "--length", "512", "--set", "slash=100"]
     said = CliRunner().invoke(app, [*command, "--set", "vertical=30"]).exception
     assert "of the pages chosen, more than the 10% that pay here" in str(said)
+
+
+def test_rows_of_several_terms_count_once():
+    one = Selection(index=torch.zeros(1, 2, 4, 1, dtype=torch.int32), page=16, bq=16)
+    other = Selection(index=torch.ones(1, 2, 4, 1, dtype=torch.int32), page=16, bq=16)
+    alone = [lists.share([x], 64, 64) for x in (one, other)]
+    assert lists.share([one, other], 64, 64) == pytest.approx(sum(alone))

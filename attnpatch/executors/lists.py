@@ -176,11 +176,14 @@ def share(terms: Iterable[Any], T: int, S: int, q_pos: torch.Tensor | None = Non
     """
     end = None if q_pos is None else q_pos.amax(-1) + 1
     sums: Any = None
-    told = True
+    told, counted = True, set()  # query rows whose causal pairs are among the sums
     for term in terms:
         told = told and term.groups is None and not (term.sink or term.window or term.skip)
         if told:
-            part = _pairs(term, T, S, end)
+            part, rows = _pairs(term, T, S, end), (term.rows or slice(None)).indices(T)
+            if rows in counted:  # a further term over the same rows
+                part[1].zero_()
+            counted.add(rows)
             sums = part if sums is None else sums + part.to(sums.device)
     return float(sums[0] / sums[1].clamp(min=1)) if told and sums is not None else None
 

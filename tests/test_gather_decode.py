@@ -269,7 +269,7 @@ def test_choice_and_its_reason(monkeypatch):
 def test_choice_on_cuda(change, why, monkeypatch):
     monkeypatch.setattr(backends, "has_triton", lambda: True)
     plain = {"device": "cuda", "capability": 9, "dtype": torch.bfloat16, "dim": 128, "alike": True, "grad": False}
-    name, reason = gather_decode._decide(gather_decode._Call(**{**plain, **change}), None)
+    name, reason = gather_decode._decide(backends.ListCall(**{**plain, **change}), None)
     assert name == ("torch" if why else "triton") and (why or "fastest") in reason
 
 

@@ -189,9 +189,9 @@ def test_the_choice(monkeypatch):
     monkeypatch.setenv("ATTNPATCH_BACKEND", "flex")
     assert "ATTNPATCH_BACKEND=flex belongs to another executor" in scattered.choose(q, kv, one, ctx)[1]
     monkeypatch.delenv("ATTNPATCH_BACKEND")
-    call = scattered._call(q, kv)._replace(device="cuda", capability=9)
+    call = backends.ListCall.of(q, kv)._replace(device="cuda", capability=9)
     monkeypatch.setattr(backends, "has_triton", lambda: True)
-    monkeypatch.setattr(scattered, "_call", lambda *_: call)
+    monkeypatch.setattr(backends.ListCall, "of", lambda *_: call)
     assert scattered.choose(q, kv, one, ctx) == ("triton", "the fastest that fits")
     for change, why in (
         ({"dim": 320}, "head dimension up to 256"),
@@ -199,7 +199,7 @@ def test_the_choice(monkeypatch):
         ({"grad": True}, "no backward pass"),
         ({"dtype": torch.float64}, "this is float64"),
     ):
-        monkeypatch.setattr(scattered, "_call", lambda *_, change=change: call._replace(**change))
+        monkeypatch.setattr(backends.ListCall, "of", lambda *_, change=change: call._replace(**change))
         name, reason = scattered.choose(q, kv, one, ctx)
         assert name == "torch" and why in reason
 

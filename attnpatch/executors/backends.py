@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,6 +75,34 @@ def too_old(device: str, found: int, needed: int) -> str | None:
 def not_half(dtype: torch.dtype) -> str | None:
     """What is wrong with a dtype for the half-precision kernels, or None."""
     return None if dtype in HALF else f"needs float16 or bfloat16, this is {str(dtype).removeprefix('torch.')}"
+
+
+def differentiated(*given: torch.Tensor) -> bool:
+    """Whether a gradient will be asked of a computation with these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
+
+
+class ListCall(NamedTuple):
+    """All that the choice of a backend that reads keys by lists depends on (`no_cuda_lists`)."""
+
+    device: str
+    capability: int  # CUDA major version; 0 elsewhere
+    dtype: torch.dtype
+    dim: int
+    alike: bool  # q, k and v of one dtype and head dimension
+    grad: bool
+
+    @classmethod
+    def of(cls, q: torch.Tensor, kv: Any) -> ListCall:
+        """Of q [B, Hq, T, D] and kv with k, v [B, Hkv, S, D]."""
+        return cls(
+            device=q.device.type,
+            capability=capability(q.device),
+            dtype=q.dtype,
+            dim=q.shape[3],
+            alike=q.dtype == kv.k.dtype == kv.v.dtype and q.shape[3] == kv.v.shape[3],
+            grad=differentiated(q, kv.k, kv.v),
+        )
 
 
 def no_cuda_lists(c: Any) -> str | None:

@@ -10,41 +10,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from attnpatch.errors import ConfigError, InputError, VersionError
 from attnpatch.executors import row_lists
-from attnpatch.executors.backends import capability, no_cuda_lists
+from attnpatch.executors.backends import ListCall, no_cuda_lists
 from attnpatch.executors.launching import on
 from attnpatch.executors.lists import spread
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 PAGE = 16
 """Keys of a page where the torch form lists everything."""
-
-
-class _Call(NamedTuple):
-    """All that the choice depends on."""
-
-    device: str
-    capability: int  # CUDA major version; 0 elsewhere
-    dtype: torch.dtype
-    dim: int
-    alike: bool  # q, k and v of one dtype and head dimension
-    grad: bool
-
-
-def _call(q: torch.Tensor, kv: Any) -> _Call:
-    return _Call(
-        device=q.device.type,
-        capability=capability(q.device),
-        dtype=q.dtype,
-        dim=q.shape[3],
-        alike=q.dtype == kv.k.dtype == kv.v.dtype and q.shape[3] == kv.v.shape[3],
-        grad=torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad),
-    )
 
 
 def _columns(selection: Any, batch: int, slots: int) -> torch.Tensor | None:
@@ -100,7 +78,7 @@ def _in_pages(selection: Any, batch: int, kv_heads: int, slots: int) -> Any:
 _RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {"triton": _run_triton, "torch": _run_torch}
 
 
-def _decide(call: _Call, forced: str | None) -> tuple[str, str]:
+def _decide(call: ListCall, forced: str | None) -> tuple[str, str]:
     why = None if forced == "torch" else no_cuda_lists(call)
     if not forced:
         return ("torch", f"not triton: {why}") if why else ("triton", "the fastest that fits")
@@ -119,7 +97,7 @@ def _forced() -> str | None:
 
 def choose(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> tuple[str, str]:
     """(backend, reason) for this call. Never waits for the device."""
-    return _decide(_call(q, kv), _forced())
+    return _decide(ListCall.of(q, kv), _forced())
 
 
 def run(
@@ -135,5 +113,5 @@ def run(
     if q.shape[2] != 1:
         raise InputError(f"gather_decode takes one query per row, these are {q.shape[2]}; use row_lists.")
     row_lists.check(q, kv, selection, ctx)
-    name, _ = _decide(_call(q, kv), _backend or _forced())
+    name, _ = _decide(ListCall.of(q, kv), _backend or _forced())
     return _RUN[name](q, kv, selection, ctx, want_lse)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnpatch.errors import ConfigError
-from attnpatch.executors.backends import HALF, capability, no_triton, too_old
+from attnpatch.executors.backends import HALF, capability, differentiated, no_triton, too_old
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -17,7 +17,7 @@ def _not_triton(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, lse_o
         return why
     if any(x.dtype not in (*HALF, torch.float32) for x in given):
         return "adds in float32"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    if differentiated(*given):
         return "has no backward pass"
     return no_triton()
 

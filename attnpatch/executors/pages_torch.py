@@ -10,6 +10,7 @@ import torch
 
 from attnpatch.errors import InputError
 from attnpatch.executors import naive
+from attnpatch.executors.backends import differentiated
 from attnpatch.executors.blocks import pack, softmax, without_garbage
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype, matmul, operand, rows_per_block
 from attnpatch.executors.lists import one_list, unpack
@@ -157,7 +158,7 @@ class _Gathering:
         self.most = max(1, min(ROWS, selection.bq or ROWS, MAX_BLOCK // (4 * self.group * self.stripe.end)))
         self.out = q.new_zeros(batch, self.stripe.rows, heads, dim)
         self.lse = q.new_full((batch, heads, self.stripe.rows), float("-inf"), dtype=compute_dtype(q))
-        self.fresh = torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad)
+        self.fresh = differentiated(q, kv.k, kv.v)
         steps = list(_steps(selection, self.stripe.rows, self.most))[::-1]  # the longest first
         self.todo = iter([(b, h, *step) for step in steps for b in range(batch) for h in range(lists.heads)])
 

@@ -14,7 +14,7 @@ import torch
 
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import column_sums
-from attnpatch.executors.backends import capability, first_fit, no_cuda_lists, not_half, too_old
+from attnpatch.executors.backends import capability, differentiated, first_fit, no_cuda_lists, not_half, too_old
 from attnpatch.executors.blocks import Result
 from attnpatch.executors.column_sums import matmul, operand
 from attnpatch.executors.launching import on
@@ -47,7 +47,7 @@ def _call(q: torch.Tensor, packed: Any, ctx: Any, want_lse: bool) -> _Call:
         single=q.shape[2] == 1,
         softcap=ctx.softcap is not None,
         want_lse=want_lse,
-        grad=torch.is_grad_enabled() and (q.requires_grad or packed.k.requires_grad or packed.v.requires_grad),
+        grad=differentiated(q, packed.k, packed.v),
     )
 
 
@@ -151,7 +151,7 @@ def _merged(logits: torch.Tensor, values: torch.Tensor, pair: torch.Tensor, pair
 
 
 _WHY_NOT: dict[str, Callable[[_Call], str | None]] = {  # fastest first
-    "triton": no_cuda_lists,  # at 128k on one H200 0.6 to 0.8 times flash's time
+    "triton": no_cuda_lists,  # at 128k on one H200 0.46 to 0.68 times flash's time
     "flash": _not_flash,
     "torch": _not_torch,
 }

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attnpatch.errors import ConfigError
-from attnpatch.executors.backends import capability, no_triton, too_old
+from attnpatch.executors.backends import capability, differentiated, no_triton, too_old
 from attnpatch.executors.column_sums import compute_dtype, matmul, operand, rows_per_block
 from attnpatch.executors.lists import spread
 
@@ -46,7 +46,7 @@ def _not_triton(q: torch.Tensor, ctx: Any) -> str | None:
         return "takes neither float64 nor head dimensions above 256"
     if ctx.mask is not None:
         return "takes no 4-D mask"
-    if torch.is_grad_enabled() and q.requires_grad:
+    if differentiated(q):
         return "has no backward"
     return no_triton()
 

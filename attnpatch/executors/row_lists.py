@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors.backends import capability, first_fit, has_triton, not_half, too_old
+from attnpatch.executors.backends import capability, differentiated, first_fit, has_triton, not_half, too_old
 from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
 from attnpatch.executors.launching import on
 from attnpatch.executors.lists import spread
@@ -73,7 +73,7 @@ def call(q: torch.Tensor, kv: Any, ctx: Any) -> Call:
         dtype=q.dtype,
         dim=q.shape[3],
         aligned=aligned(q, kv),
-        grad=torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad),
+        grad=differentiated(q, kv.k, kv.v),
         window=ctx.window is not None,
     )
 

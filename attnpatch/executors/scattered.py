@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import column_sums
-from attnpatch.executors.backends import capability, first_fit, no_cuda_lists
+from attnpatch.executors.backends import ListCall, first_fit, no_cuda_lists
 from attnpatch.executors.column_sums import compute_dtype, matmul, operand
 from attnpatch.executors.lists import spread
 from attnpatch.executors.row_lists import take
@@ -37,28 +37,6 @@ def check(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> None:
         raise InputError(f"index of shape {tuple(shape)} does not fit; expected {wanted}.")
     if selection.weight is not None and selection.weight.shape != shape:
         raise InputError(f"weight of shape {tuple(selection.weight.shape)}; expected that of index, {tuple(shape)}.")
-
-
-class _Call(NamedTuple):
-    """All that the choice depends on."""
-
-    device: str
-    capability: int  # CUDA major version; 0 elsewhere
-    dtype: torch.dtype
-    dim: int
-    alike: bool  # q, k and v of one dtype and head dimension
-    grad: bool
-
-
-def _call(q: torch.Tensor, kv: Any) -> _Call:
-    return _Call(
-        device=q.device.type,
-        capability=capability(q.device),
-        dtype=q.dtype,
-        dim=q.shape[3],
-        alike=q.dtype == kv.k.dtype == kv.v.dtype and q.shape[3] == kv.v.shape[3],
-        grad=torch.is_grad_enabled() and (q.requires_grad or kv.k.requires_grad or kv.v.requires_grad),
-    )
 
 
 def _positions(q: torch.Tensor, kv: Any, ctx: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,7 +114,7 @@ _RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {"trito
 
 def choose(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> tuple[str, str]:
     """(backend, reason) for this call. Never waits for the device."""
-    return first_fit(_WHY_NOT, _call(q, kv), os.environ.get("ATTNPATCH_BACKEND") or None)
+    return first_fit(_WHY_NOT, ListCall.of(q, kv), os.environ.get("ATTNPATCH_BACKEND") or None)
 
 
 def run(
@@ -149,4 +127,4 @@ def run(
     """
     check(q, kv, selection, ctx)
     forced = _backend or os.environ.get("ATTNPATCH_BACKEND") or None
-    return _RUN[first_fit(_WHY_NOT, _call(q, kv), forced)[0]](q, kv, selection, ctx, want_lse)
+    return _RUN[first_fit(_WHY_NOT, ListCall.of(q, kv), forced)[0]](q, kv, selection, ctx, want_lse)

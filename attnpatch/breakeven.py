@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnpatch.errors import ConfigError
 from attnpatch.switches import switch
+from attnpatch.whole import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +37,8 @@ class Limits(NamedTuple):
     tokens: int  # keys from which choosing and computing take no longer than dense attention
     share: float  # share of the causal pages from which computing them takes longer than dense; 1 = not asked for
     paid: bool = True  # False: at no measured length; `tokens` is then the longest one plus 1, and longer is unknown
-    besides: float = (
-        0.0  # keys a query whose cost the lists have besides: at S keys, besides / S of the share is theirs
-    )
+    # keys a query whose cost the lists have besides: at S keys, besides / S of the share is theirs
+    besides: float = 0.0
 
     def most(self, keys: int) -> float:
         """The share that pays at so many keys."""
@@ -131,9 +131,7 @@ def save(where: str, limits: dict[str, Limits]) -> Path:
     folder()
     file, all_limits = path(), {**others, where: limits}
     body = {m: {n: x._asdict() for n, x in row.items()} for m, row in all_limits.items()}
-    new = file.with_suffix(".new")  # a reader never sees half a file
-    new.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    new.replace(file)
+    write_json(file, body)
     return file
 
 

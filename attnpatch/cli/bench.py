@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from attnpatch.cli import _common as c
 from attnpatch.cli.screen import slim_table
 from attnpatch.errors import ConfigError
 from attnpatch.units import parse_tokens, split_list
+from attnpatch.whole import write_json
 
 PatchesOption = Annotated[list[str] | None, typer.Option("--patch", help="A method, or a+b; repeatable.")]
 RecipesOption = Annotated[list[str] | None, typer.Option("--recipe", help="A recipe or a .yaml file; repeatable.")]
@@ -170,10 +170,7 @@ def run(
     def write(rows: list[dict[str, Any]]) -> None:  # whatever ends the run, what it measured stays
         body["seconds"] = round(time.monotonic() - started, 2)
         if out is not None:
-            text = json.dumps({**body, "rows": body["rows"] + rows}, indent=1) + "\n"
-            new = out.with_name(out.name + ".new")  # a reader never sees half a file
-            new.write_text(text, encoding="utf-8")
-            new.replace(out)
+            write_json(out, {**body, "rows": body["rows"] + rows})
 
     def each(rows: list[dict[str, Any]]) -> None:
         body["rows"] += rows

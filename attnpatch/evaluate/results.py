@@ -17,6 +17,7 @@ from attnpatch.errors import ConfigError, InputError
 from attnpatch.evaluate import stats
 from attnpatch.evaluate.likelihood import METRIC as LIKELIHOOD
 from attnpatch.evaluate.sample import Sample
+from attnpatch.whole import write_json
 
 DENSE = "dense"
 Key = tuple[str, str, str]  # run, task, sample id
@@ -138,10 +139,8 @@ class Ledger:
     def write(self, samples: Sequence[Sample], runs: Sequence[Any]) -> dict[str, Any]:
         """Make the result file from the ledger and return its content."""
         body = {**self.header, "tasks": summary(samples, [r.label for r in runs], self.rows, self.header["seed"])}
-        new = self.out.with_suffix(".json.new")  # a reader never sees half a file
         with on_disk(self.out):
-            new.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            new.replace(self.out)
+            write_json(self.out, body, ensure_ascii=False)
         return body
 
 

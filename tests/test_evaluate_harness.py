@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -10,9 +13,9 @@ import pytest
 from test_cli import folder, one_error, outcome  # noqa: F401  (folder is a fixture)
 from test_evaluate_likelihood import CONTEXT, CONTINUATION, dense_logs
 
-from attnpatch.api import resolve
+from attnpatch.api import patched, resolve
 from attnpatch.errors import ConfigError, UnsupportedModeError, VersionError
-from attnpatch.evaluate import harness
+from attnpatch.evaluate import harness, likelihood
 
 
 class StandIn:
@@ -161,3 +164,43 @@ def test_with_the_real_harness():
     wanted = {"until": ["<end>"], "max_gen_toks": 4, "do_sample": False}
     (text,) = lm.generate_until([Instance("generate_until", {}, (context, wanted), 0)])
     assert isinstance(text, str)
+
+
+def test_a_local_task_through_the_real_command(tmp_path, folder):  # noqa: F811
+    """A YAML task on a jsonl file, offline: what the harness counts right is what the patched model answers."""
+    pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    budget = {"budget": 16, "window_size": 4}
+    options, items, dense = [" w5", " w9", " w11", " w2"], [], []
+    for seed in range(12):
+        text = evaluation.text(60, seed=seed)
+
+        def best(text=text):
+            ids = tokenizer(text)["input_ids"]
+            rest = [tokenizer(text + option)["input_ids"][len(ids) :] for option in options]
+            return max(range(4), key=[float(s.logs.sum()) for s in likelihood.score(model, ids, rest)].__getitem__)
+
+        dense.append(best())
+        with patched(model, "snapkv", **budget):
+            items.append({"text": text, "choices": options, "gold": best()})
+    assert dense != [item["gold"] for item in items]  # else eviction would not show
+    data, task = tmp_path / "items.jsonl", tmp_path / "local_choice.yaml"
+    data.write_text("".join(json.dumps(item) + "\n" for item in items))
+    task.write_text(
+        "task: local_choice\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(data))}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: '{{gold}}'\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    command = [sys.executable, "-m", "attnpatch.cli.main", "lm-eval", "--model", folder, "--patch", "snapkv"]
+    command += [x for key, value in budget.items() for x in ("--set", f"{key}={value}")]
+    command += ["--tasks", "local_choice", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [*command, "--device", "cpu"], env={**os.environ, **offline}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = tmp_path.glob("out/**/results_*.json")
+    assert json.loads(found.read_text())["results"]["local_choice"]["acc,none"] == 1.0

@@ -169,6 +169,7 @@ def test_a_method_with_columns_runs_by_it_and_says_so(usable):
     ("change", "why"),
     [
         ({"columns": False}, "needs columns beside the pages"),
+        ({"near": True, "columns": False}, "takes no sink or window beside the pages"),
         ({"near": True}, "takes no sink or window beside the pages"),
         ({"holes": True}, "cannot skip empty slots"),
         ({"mask": True}, "takes no 4-D mask"),

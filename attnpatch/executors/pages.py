@@ -106,11 +106,11 @@ def _not_fa4(c: _Call) -> str | None:
 
 def _not_fa4_triton(c: _Call) -> str | None:
     """What keeps the pages from flash-attn-4, or the columns beside them from Triton."""
-    if not c.columns:
-        return "needs columns beside the pages"
+    if why := _not_fa4(c._replace(columns=False, near=False)):
+        return why
     if c.near:
         return "takes no sink or window beside the pages"
-    return _not_fa4(c._replace(columns=False)) or _not_triton(c)
+    return _not_triton(c) if c.columns else "needs columns beside the pages"
 
 
 def _not_flex(c: _Call) -> str | None:

@@ -17,7 +17,7 @@ from attnpatch.executors import dense, lists, naive, pages, row_lists
 
 
 def cuda_call(**change):
-    plain = dict.fromkeys(["beside", "holes", "softcap", "window", "mask", "want_lse"], False)
+    plain = dict.fromkeys(["columns", "near", "holes", "softcap", "window", "mask", "want_lse"], False)
     given = {**plain, "device": "cuda", "capability": 9, "dtype": torch.bfloat16, "dim": 128, "page": 128, "bq": 128}
     given |= change
     fine = row_lists.Call(*(given[n] for n in ("device", "capability", "dtype", "dim")), True, False, given["window"])
@@ -44,7 +44,14 @@ def cuda_call(**change):
         ({"dtype": torch.float64}, True, "torch"),
         ({"capability": 7, "page": 24}, True, "torch"),
         ({"page": 0}, True, "torch"),
-        *[({beside: True}, True, "triton") for beside in ("beside", "holes", "softcap")],
+        *[({beside: True}, True, "triton") for beside in ("near", "holes", "softcap")],
+        ({"columns": True}, True, "fa4+triton"),
+        ({"columns": True, "want_lse": True, "page": 64, "bq": 64}, True, "fa4+triton"),
+        ({"columns": True}, False, "triton"),
+        *[({"columns": True, beside: True}, True, "triton") for beside in ("near", "holes", "softcap")],
+        *[({"columns": True, **other}, True, "triton") for other in ({"page": 32}, {"bq": 32}, {"dim": 256})],
+        *[({"columns": True, "capability": n}, True, "triton") for n in (8, 10)],
+        ({"columns": True, "dtype": torch.float32}, True, "torch"),
         *[({beside: True}, True, "torch") for beside in ("window", "mask")],
     ],
     ids=lambda x: "+".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x),
@@ -61,7 +68,7 @@ def test_choice_on_cpu_and_its_reason():
     name, reason = pages.choose(q, kv, choice(q, kv, page=16, bq=16), ctx)
     assert name == "torch" and "not fa4: needs CUDA capability >= 9, this is cpu" in reason
     assert "not flex: compiled for CUDA" in reason
-    assert [name for name, _, _ in pages.backends()] == ["fa4", "flex", "triton", "torch"]
+    assert [name for name, _, _ in pages.backends()] == ["fa4", "fa4+triton", "flex", "triton", "torch"]
 
 
 def test_forced_backend(monkeypatch):

@@ -147,7 +147,7 @@ def _print(data: dict[str, Any]) -> None:
         typer.echo("GPU           none that torch can use")
     typer.echo("\nattention backends:")
     for b in data["backends"]:
-        typer.echo(f"  {b['executor']:<6} {b['name']:<7} {'usable' if b['usable'] else 'not usable: ' + b['reason']}")
+        typer.echo(f"  {b['executor']:<6} {b['name']:<10} {'usable' if b['usable'] else 'not usable: ' + b['reason']}")
     measured = data["breakeven"].get("methods", {})
     typer.echo("\nsparse prefill pays here:" if measured else "\nsparse prefill: not measured here (--calibrate)")
     for name, row in measured.items():

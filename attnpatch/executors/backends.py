@@ -12,7 +12,7 @@ import torch
 
 from attnpatch.errors import ConfigError, VersionError
 
-NAMES = ("fa4", "fa3", "cudnn", "flash", "sdpa", "torch", "flex", "triton", "fa2")
+NAMES = ("fa4", "fa3", "cudnn", "flash", "sdpa", "torch", "flex", "triton", "fa2", "fa4+triton")
 """Backends of all executors. An executor that lacks a forced one makes its own choice and says so."""
 HALF = (torch.float16, torch.bfloat16)
 

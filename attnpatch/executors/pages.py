@@ -1,13 +1,15 @@
 """Attention over lists of key pages, one list per block of query rows (Selection with `bq` and `page` of 16 or more).
 
-Set ATTNPATCH_BACKEND to one of fa4, flex, triton, torch to force a backend; a call it cannot do is an error. The Triton
-form is that of `row_lists`: it takes what the block-sparse kernels of the libraries do not.
+Set ATTNPATCH_BACKEND to one of fa4, fa4+triton, flex, triton, torch to force a backend; a call that it cannot do is an
+error. The Triton form is that of `row_lists`: it takes what the block-sparse kernels of the libraries do not. In
+fa4+triton it computes the columns beside the pages alone.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from attnpatch.errors import InputError, VersionError
+from attnpatch.executors import merging, row_lists
 from attnpatch.executors import pages_torch as torch_form
-from attnpatch.executors import row_lists
 from attnpatch.executors.backends import capability, fa4, first_fit, here, no_cuda_half
 from attnpatch.executors.pages_torch import Result, Stripe, stripe_of
 
@@ -33,7 +35,8 @@ class _Call(NamedTuple):
     dim: int
     page: int  # 0 = no lists
     bq: int  # 0 = one list for all rows, whose block may have any size
-    beside: bool  # columns, sink or window
+    columns: bool
+    near: bool  # the selection's own sink or window
     holes: bool
     softcap: bool
     window: bool
@@ -62,7 +65,8 @@ def _call(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) ->
         dim=q.shape[3],
         page=selection.page if index is not None and index.shape[3] else 0,
         bq=selection.bq if index is not None and index.shape[2] > 1 else 0,
-        beside=selection.columns is not None or bool(selection.sink or selection.window),
+        columns=selection.columns is not None,
+        near=bool(selection.sink or selection.window),
         holes=bool(kv.holes),
         softcap=ctx.softcap is not None,
         window=ctx.window is not None,
@@ -79,7 +83,7 @@ def _not_plain(c: _Call) -> str | None:
     """What the block-sparse kernels share: causal lists of pages and nothing else."""
     if not c.page:
         return "needs lists of pages"
-    if c.beside:
+    if c.columns or c.near:
         return "takes no columns, sink or window beside the pages"
     if c.softcap or c.window:
         return "no soft-capping or sliding-window layers"
@@ -98,6 +102,15 @@ def _not_fa4(c: _Call) -> str | None:
     if c.bq % rows:
         return f"needs query blocks of a multiple of {rows} rows, these have {c.bq}"
     return None if fa4() else "flash_attn.cute is not installed (pip install 'attnpatch[flash]')"
+
+
+def _not_fa4_triton(c: _Call) -> str | None:
+    """What keeps the pages from flash-attn-4, or the columns beside them from Triton."""
+    if why := _not_fa4(c._replace(columns=False, near=False)):
+        return why
+    if c.near:
+        return "takes no sink or window beside the pages"
+    return _not_triton(c) if c.columns else "needs columns beside the pages"
 
 
 def _not_flex(c: _Call) -> str | None:
@@ -201,6 +214,22 @@ def _run_fa4(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool)
     return out, lse if want_lse else None
 
 
+def _run_parts(
+    q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool, by_pages: Callable[..., Any], by_columns: str
+) -> Result:
+    """The pages by one form, the columns outside them by a backend of `row_lists`, and both added up.
+
+    by_pages: (q, kv, selection, ctx, want_lse) -> (out, lse); rows whose list is empty as zeros with lse -inf.
+    """
+    out, lse = by_pages(q, kv, replace(selection, columns=None, distinct=False), ctx, True)
+    out, lse = merging.run(out, lse, *row_lists.run_outside(q, kv, selection, ctx, by_columns))
+    return out, lse if want_lse else None
+
+
+def _run_fa4_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
+    return _run_parts(q, kv, selection, ctx, want_lse, _run_fa4, "triton")
+
+
 def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, options: Any, aux: Any) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -268,12 +297,14 @@ def _run_flex(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool
 
 _WHY_NOT: dict[str, Callable[[_Call], str | None]] = {  # fastest first
     "fa4": _not_fa4,
+    "fa4+triton": _not_fa4_triton,
     "flex": _not_flex_unasked,
     "triton": _not_triton,
     "torch": _not_torch,
 }
 _RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {
     "fa4": _run_fa4,
+    "fa4+triton": _run_fa4_triton,
     "flex": _run_flex,
     "triton": row_lists.run_triton,
     "torch": torch_form.run,
@@ -299,16 +330,18 @@ def backends(
 ) -> list[tuple[str, bool, str]]:
     """(name, usable, reason) of each backend, fastest first, for blocks of 128 x 128; device: None = this machine's.
 
-    forced: whether it would be usable if named.
+    fa4+triton is asked with columns beside the pages, which it is for, the others without. forced: whether it would be
+    usable if named.
     """
     device = device or here()
     call = _Call(
         device=device.type, capability=capability(device), dtype=dtype, dim=dim, page=128, bq=128,
-        beside=False, holes=False, softcap=False, window=False, mask=False, want_lse=False,
+        columns=False, near=False, holes=False, softcap=False, window=False, mask=False, want_lse=False,
         fine=row_lists.Call(device.type, capability(device), dtype, dim, True, False, False),
     )  # fmt: skip
     tests = {**_WHY_NOT, "flex": _not_flex} if forced else _WHY_NOT
-    return [(name, (why := why_not(call)) is None, why or "usable") for name, why_not in tests.items()]
+    found = {name: why_not(call._replace(columns=name == "fa4+triton")) for name, why_not in tests.items()}
+    return [(name, why is None, why or "usable") for name, why in found.items()]
 
 
 def run(

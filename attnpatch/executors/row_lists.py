@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -267,10 +267,13 @@ def _tiles_at_once(q: torch.Tensor, selection: Any, lists: Lists, tiles: Tiles, 
     return max(1, MAX_BLOCK // (q.shape[0] * heads * width * max(q.shape[3], tiles.tile * q.shape[1] // heads)))
 
 
-def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
+def _run_torch(
+    q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool, lists: Lists | None = None
+) -> Result:
     (batch, heads, total, dim), (kv_heads, slots) = q.shape, kv.k.shape[1:3]
-    tiles, lists = _tiles(q, selection), cleaned(selection, batch, slots)
-    own = max([kv_heads, *(x.shape[1] for x in (lists.index, lists.columns) if x is not None)])  # heads with own lists
+    tiles, lists = _tiles(q, selection), lists or cleaned(selection, batch, slots)
+    given = (lists.index, lists.columns, lists.repeated)
+    own = max([kv_heads, *(x.shape[1] for x in given if x is not None)])  # heads with own lists
     group, ordered, offset = heads // own, aligned(q, kv), slots - total + tiles.first
     pos, q_pos = _positions(q, kv, ctx, tiles)
     pos, q_pos = spread(spread(pos, batch, kv_heads), batch, own), q_pos.to(pos.dtype)  # [B, own, S], [B|1, rows]
@@ -301,11 +304,13 @@ def _run_torch(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: boo
 # ---- triton ----
 
 
-def run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool) -> Result:
-    """`run` by the Triton form."""
+def run_triton(
+    q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool, lists: Lists | None = None
+) -> Result:
+    """`run` by the Triton form. lists: those of the selection, cleaned, or a part of them."""
     from attnpatch.executors import _row_lists_triton
 
-    tiles, lists = _tiles(q, selection), cleaned(selection, q.shape[0], kv.k.shape[2])
+    tiles, lists = _tiles(q, selection), lists or cleaned(selection, q.shape[0], kv.k.shape[2])
     with on(q.device):
         return _row_lists_triton.launch(q, kv, selection, ctx, tiles, lists, want_lse)
 
@@ -313,7 +318,7 @@ def run_triton(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: boo
 # ---- the choice ----
 
 _WHY_NOT: dict[str, Callable[[Call], str | None]] = {"triton": not_triton, "torch": _not_torch}  # fastest first
-_RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {"triton": run_triton, "torch": _run_torch}
+_RUN: dict[str, Callable[..., Result]] = {"triton": run_triton, "torch": _run_torch}
 
 
 def _decide(c: Call, forced: str | None) -> tuple[str, str]:
@@ -337,3 +342,15 @@ def run(
     check(q, kv, selection, ctx)
     name, _ = _decide(call(q, kv, ctx), _backend or os.environ.get("ATTNPATCH_BACKEND") or None)
     return _RUN[name](q, kv, selection, ctx, want_lse)
+
+
+def run_outside(
+    q: torch.Tensor, kv: Any, selection: Any, ctx: Any, _backend: str = "triton"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the columns alone, without those that a listed page of a row's block holds: (out, lse) as `run`.
+
+    selection: without sink and window. It and the pages alone are disjoint, and together they are the selection.
+    """
+    lists = replace(cleaned(selection, q.shape[0], kv.k.shape[2]), index=None, count=None)
+    out, lse = _RUN[_backend](q, kv, selection, ctx, True, lists)
+    return out, cast(torch.Tensor, lse)

@@ -55,8 +55,10 @@ def machine(device: torch.device, dtype: torch.dtype) -> str:
     """What a measurement is good for: the device, the kind of number, and the versions of what computes."""
     import torch
 
+    from attnpatch import __version__
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = [f"torch {torch.__version__}"]
+    versions = [f"attnpatch {__version__}", f"torch {torch.__version__}"]
     for package in ("flash-attn-4", "triton"):
         try:
             versions.append(f"{package} {metadata.version(package)}")

@@ -219,6 +219,8 @@ def test_triton_settings_of_halving_fit():
                         assert s["CHILDREN"] // s["COLUMNS"] <= _kth_triton.COLUMN
     assert _halving_triton.shapes(1, 128, 256, 2, few=True)["N"] == 256
     assert _halving_triton.shapes(128, 128, 256, 2, few=True)["N"] == 64
+    assert _halving_triton.shapes(32, 128, 256, 2)["maxnreg"] == 128
+    assert _halving_triton.shapes(32, 128, 256, 2, few=True)["maxnreg"] is None
 
 
 @needs_triton

@@ -164,7 +164,7 @@ def _kernel(
 
 
 def shapes(samples: int, dim: int, groups: int, per: int = 1, *, few: bool = False, **config: Any) -> dict[str, Any]:
-    """Block sizes and launch settings, overridden by N, BITS, num_warps and num_stages in config.
+    """Block sizes and launch settings, overridden by N, BITS, num_warps, num_stages and maxnreg in config.
 
     per: sampled keys of a block, each of which has a buffer. few: the programs do not fill the device, so each has many
     keys on their way at once.
@@ -185,6 +185,8 @@ def shapes(samples: int, dim: int, groups: int, per: int = 1, *, few: bool = Fal
         "BITS": 4,
         "num_warps": 8 if large and keys >= 128 else 4,
         "num_stages": 2 if staged else 1,
+        # what is kept in registers from round to round would leave a multiprocessor two programs where four fit
+        "maxnreg": 128 if not few and tall <= 32 and wide <= 128 and per <= 2 else None,
         **config,
     }
     return {**sizes, "COLUMNS": _kth_triton.columns(children, sizes["num_warps"], 4)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from attnpatch.patches.hip import HiP
 from interpreter import mend_interpreter, needs_triton, run_interpreted
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
@@ -355,6 +356,45 @@ def test_no_host_wait(monkeypatch):
     for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     assert len(list(HiP(**SMALL).select(q, kv, ctx))) == 2
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what launches a kernel: no view, and nothing that only takes memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not (func.is_view or func.overloadpacket.__name__.startswith("empty")):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_search_leaves_nothing_to_do_around_it(monkeypatch):
+    """A decode step's search is one call, with no kernel besides; a prompt's stripes share what they need."""
+    calls = []
+
+    def stub(q, k, q_pos, last, groups, *rest):
+        calls.append(groups)
+        shape = q.shape[0], q.shape[1], last.shape[1]
+        return torch.empty(*shape, groups, dtype=torch.int32), torch.empty(shape, dtype=torch.int32)
+
+    monkeypatch.setitem(halving._RUN, "torch", stub)
+    hip = HiP(**{**SMALL, "refresh": 2})
+    q, kv, _ = problem(1, 120)
+    ctx = Ctx(0, 1, "decode", "step", torch.tensor([[119]]), (), 1.0, None)
+    with Kernels() as kernels:
+        hip.select(q, kv, ctx)
+    assert calls == [8] and kernels.names == []
+    q, kv, ctx = problem(120, 120)
+    counts = []
+    for stripe in (128, 8):
+        monkeypatch.setattr("attnpatch.patches.hip.STRIPE", stripe)
+        with Kernels() as kernels:
+            list(hip.select(q, kv, ctx))
+        counts.append(len(kernels.names))
+    assert len(calls) == 1 + 1 + 11 and counts[0] == counts[1] < 30
 
 
 # ---- the Triton search, interpreted ----

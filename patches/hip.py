@@ -19,31 +19,6 @@ STRIPE = 16384
 """Query rows whose lists exist at once."""
 
 
-def first_groups(region: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Starts and sizes int32 [..., groups] of groups that tile the key blocks 0 .. region - 1 (region int [...]).
-
-    HiP, the code's power-of-two aligned boundaries; the last group ends with the region, where the code loses a tail.
-    """
-    import torch
-
-    device = region.device
-    power = 1 << (region[..., None] >= 2 ** torch.arange(1, 31, device=device)).sum(-1)  # 2^floor(log2 region)
-    step = (power + groups - 1) // groups
-    edge = region[..., None].long() * torch.arange(groups + 1, device=device) // groups
-    edge = edge // step[..., None] * step[..., None]
-    edge[..., -1] = region
-    return edge[..., :-1].to(torch.int32), edge.diff(dim=-1).to(torch.int32)
-
-
-def rounds(region: int, groups: int) -> int:
-    """Halvings after which groups over at most `region` blocks hold one block each; more change nothing."""
-    if region <= groups:
-        return 0
-    step = -(-(1 << (region.bit_length() - 1)) // groups)
-    widest = max(2 * step, -(-region // groups) + step - 1)  # of any group, and of the last one
-    return (widest - 1).bit_length()
-
-
 @register("hip")
 @dataclass
 class HiP(Patch):
@@ -126,14 +101,37 @@ class HiP(Patch):
         first = end - q.shape[2]
         if dense > first:
             yield Selection(rows=slice(0, dense - first))
-        start = max(first, dense)
-        if start % bq:
-            stop = min(start // bq * bq + bq, end)
-            yield self._stripe(q, kv, ctx, start, stop)
-            start = stop
-        stripe = max(1, STRIPE // bq) * bq
-        for begin in range(start, end, stripe):
-            yield self._stripe(q, kv, ctx, begin, min(begin + stripe, end))
+        start = begin = max(first, dense)
+        q_pos, last = self.sampled(ctx.q_pos, start, end)
+        while begin < end:
+            grid = begin // bq * bq
+            # a block that begins off the grid is a term of its own
+            stop = min(grid + (bq if begin > grid else max(1, STRIPE // bq) * bq), end)
+            blocks = slice(begin // bq - start // bq, -(-stop // bq) - start // bq)
+            index, count = self.pages(q, q_pos[:, blocks], last[:, blocks], kv.k, stop)
+            yield Selection(
+                index, count, self.block_size_k_after_masking or self.block_size_k, bq,
+                sink=self.sink, window=self.sliding_window, rows=slice(begin - first, stop - first),
+            )  # fmt: skip
+            begin = stop
+
+    def sampled(self, q_pos: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Of each query block that has a position in start .. end - 1: the scored ones, and the last.
+
+        q_pos: int [B, T] of the call. Returns int32 [B, R, n] and [B, R]; -1 = none, for rows that end before.
+        """
+        import torch
+
+        bq, first, device = self.block_size_q, start // self.block_size_q, q_pos.device
+        grid = torch.arange(first, -(-end // bq), dtype=torch.int32, device=device) * bq  # [R]
+        begin, tokens = grid.clamp(min=start), q_pos.amax(dim=1, keepdim=True).to(torch.int32) + 1  # [R], [B, 1]
+        stop = torch.minimum((grid + bq).clamp(max=end), tokens)  # [B, R]
+        last = torch.where(stop > begin, stop - 1, -1)
+        offset = torch.arange(self.stride_q - 1, bq, self.stride_q, dtype=torch.int32, device=device)
+        at = grid[:, None] + offset  # [R, n]
+        at = torch.where((at >= begin[:, None]) & (at < stop[..., None]), at, -1)  # [B, R, n]
+        at[..., 0] = torch.where(at.amax(dim=-1) < 0, last, at[..., 0])  # cut too short to have one
+        return at, last
 
     def _step(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection:
         """The lists of one new token in each row, from a search at most `refresh` - 1 steps ago."""
@@ -144,7 +142,7 @@ class HiP(Patch):
         old, age = kv.rows.get("hip_index"), kv.plain.get("hip_age", 0) + 1
         known = old is not None and kv.plain["hip_slots"] == kv.S - 1  # no token came without a step
         if not known or age >= self.refresh:
-            index, count = self.pages(q[:, :, None], ctx.q_pos[:, None], ctx.q_pos + 1, kv.k, kv.S)  # [B, Hq, 1, W]
+            index, count = self.pages(q, ctx.q_pos[:, None], ctx.q_pos, kv.k, kv.S)  # [B, Hq, 1, W]
             if old is not None and known and kv.holes:  # a row without a token in this step keeps its list
                 none = (ctx.q_pos < 0)[:, None]  # [B, 1, 1]
                 index = torch.where(none[..., None], old, index)
@@ -156,62 +154,17 @@ class HiP(Patch):
             sink=self.sink, window=self.sliding_window + age,
         )  # fmt: skip
 
-    def _stripe(self, q: Tensor, kv: KV, ctx: Ctx, start: int, stop: int) -> Selection:
-        """The lists of the queries at positions start .. stop - 1; only its first block may begin off the grid."""
-        import torch
-
-        from attnpatch.decisions import Selection
-
-        bq, first, device = self.block_size_q, kv.k.shape[2] - q.shape[2], q.device
-        tokens = ctx.q_pos.amax(dim=1, keepdim=True) + 1  # [B, 1]
-        begin = torch.arange(start, stop, bq, device=device)  # [R]
-        real = (torch.minimum((begin + bq).clamp(max=stop), tokens) - begin).clamp(min=0)  # [B, R] tokens of a block
-        late = start % bq  # rows that the first block lacks
-        low = (self.stride_q - 1 - late) % self.stride_q
-        offset = torch.arange(low, max(low + 1, min(bq - late, stop - start)), self.stride_q, device=device)
-        offset = offset.expand(*real.shape, -1)  # [B, R, n]
-        offset = torch.cat([torch.minimum(offset[..., :1], real[..., None] - 1), offset[..., 1:]], dim=-1)
-        there = (offset < real[..., None]) & (offset >= 0)
-        q_pos = torch.where(there, begin[:, None] + offset, -1)
-        row = (q_pos - first).clamp(min=0).flatten(1)[:, None, :, None]
-        samples = q.gather(2, row.expand(-1, q.shape[1], -1, q.shape[3])).unflatten(2, real.shape[1:] + (-1,))
-        length = torch.where(real > 0, begin + real, 0)
-        index, count = self.pages(samples, q_pos, length, kv.k, stop)
-        return Selection(
-            index, count, self.block_size_k_after_masking or self.block_size_k, bq,
-            sink=self.sink, window=self.sliding_window, rows=slice(start - first, stop - first),
-        )  # fmt: skip
-
-    def pages(self, samples: Tensor, q_pos: Tensor, length: Tensor, k: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    def pages(self, q: Tensor, q_pos: Tensor, last: Tensor, k: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """The search of each query block: selected pages int32 [B, Hq, R, W], ascending, and their count [B, Hq, R].
 
-        samples: [B, Hq, R, n, D] sampled queries at positions q_pos int [B, R, n] (-1 = absent); length: int [B, R]
-        keys that the last query of the block sees; k: [B, Hkv, S, D], slots in order of position; longest: no length
-        exceeds it. A single query is R = n = 1.
+        q: [B, Hq, T, D], the last positions of k [B, Hkv, S, D], whose slots are in order of position, or a single one;
+        q_pos: int [B, R, n] scored queries, last: int [B, R] the last one of each block (-1 = absent); longest: all
+        positions are below.
         """
-        import torch
-
         from attnpatch.executors import halving
 
-        bk, heads = self.block_size_k, samples.shape[1]
-        region = ((length - self.sliding_window - self.sink).clamp(min=0) + bk - 1) // bk  # [B, R] key blocks
-        start, size = (x[:, None].expand(-1, heads, -1, -1) for x in first_groups(region, self.groups))
-        # -1: an absent query scores nothing
-        limit = torch.where(q_pos < 0, -1, q_pos - self.sliding_window).to(torch.int32)
-        longest = -(-max(0, longest - self.sliding_window - self.sink) // bk)
-        for _ in range(rounds(longest, self.groups)):
-            start, size = halving.run(
-                samples, k, limit, start, size,
-                origin=self.sink, block=bk, stride=self.stride_k, representative=self.representative,
-            )  # fmt: skip
-        wide = self.block_size_k_after_masking or bk
-        page, meant = (self.sink + start * bk) // wide, size > 0
-        if wide > bk:
-            # equal pages are neighbours, but for empty groups, which stand where the next group starts
-            page = torch.where(meant, page, -1).cummax(dim=-1).values
-            meant = meant & (torch.nn.functional.pad(page[..., :-1], (1, 0), value=-1) != page)
-        count = meant.sum(dim=-1, dtype=torch.int32)
-        width = meant.shape[-1]
-        place = torch.where(meant, meant.cumsum(dim=-1) - 1, width)  # packed left; the others behind
-        packed = torch.full((*page.shape[:-1], width + 1), k.shape[2] // wide, dtype=torch.int32, device=k.device)
-        return packed.scatter(-1, place, page.to(torch.int32))[..., :width], count
+        return halving.run(
+            q, k, q_pos, last, groups=self.groups, sink=self.sink, window=self.sliding_window, block=self.block_size_k,
+            stride=self.stride_k, page=self.block_size_k_after_masking, representative=self.representative,
+            longest=longest,
+        )  # fmt: skip

@@ -7,13 +7,15 @@ import random
 
 import pytest
 import torch
-from attnpatch.patches.hip import HiP, first_groups, rounds
+from attnpatch.patches.hip import HiP
 from interpreter import mend_interpreter, needs_triton, run_interpreted
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.errors import ConfigError
 from attnpatch.executors import halving, naive, row_lists
+from attnpatch.executors.halving import first_groups, rounds
 
 SMALL = {"mask_k": 16, "block_size_q": 8, "sliding_window": 12, "sink": 4, "dense_layers": 0}
 
@@ -222,7 +224,7 @@ def test_lists_of_everything_equal_dense():
     """Blocks short enough to select all are lists like any other, and give dense attention."""
     q, kv, ctx = problem(90, 90, whole=False)
     hip = HiP(**{**SMALL, "mask_k": 100})
-    term = hip._stripe(q, kv, ctx, 0, 90)
+    (term,) = hip._terms(q, kv, ctx, 0)
     out, _ = row_lists.run(q, kv, term, ctx)
     torch.testing.assert_close(out, naive.run(q, kv, Selection(), ctx)[0], atol=1e-5, rtol=1e-5)
 
@@ -252,8 +254,8 @@ def test_nearest_blocks_are_found():
         t = chance.randrange(region)
         hip = HiP(count, 1, 1, 1, 1, 1, 0, 0)
         k = -(torch.arange(region + 1) - t).abs().float().view(1, 1, -1, 1)
-        length = torch.tensor([[region + 1]])
-        index, number = hip.pages(torch.ones(1, 1, 1, 1, 1), length[..., None] - 1, length, k, region + 1)
+        last = torch.tensor([[region]])
+        index, number = hip.pages(torch.ones(1, 1, 1, 1), last[..., None], last, k, region + 1)
         found = index[0, 0, 0, : int(number)].tolist()
         nearest = sorted(abs(j - t) for j in range(region))[:count]
         assert sorted(abs(j - t) for j in found) == nearest and t in found and len(set(found)) == len(found)
@@ -276,7 +278,7 @@ def test_groups_tile_the_region(groups):
 def test_surplus_rounds_change_nothing(monkeypatch):
     q, kv, ctx = problem(150, 150)
     wanted = [t.index for t in list(HiP(**SMALL).select(q, kv, ctx))[1:]]
-    monkeypatch.setattr("attnpatch.patches.hip.rounds", lambda *a: rounds(*a) + 3)
+    monkeypatch.setattr(halving, "rounds", lambda *a: rounds(*a) + 3)
     assert all(map(torch.equal, wanted, (t.index for t in list(HiP(**SMALL).select(q, kv, ctx))[1:])))
 
 
@@ -304,7 +306,7 @@ def test_single_queries_equal_a_prefill_of_single_queries():
     term = list(hip.select(q, kv, ctx))[1]
     for p in range(term.rows.start, 120):
         at = torch.full((1, 1), p)
-        index, count = hip.pages(q[:, :, None, p : p + 1], at[..., None], at + 1, kv.k[:, :, : p + 1], p + 1)
+        index, count = hip.pages(q[:, :, p : p + 1], at[..., None], at, kv.k[:, :, : p + 1], p + 1)
         assert torch.equal(index[:, :, 0], term.index[:, :, p - term.rows.start])
         assert torch.equal(count[:, :, 0], term.count[:, :, p - term.rows.start])
         step = list(hip.select(q[:, :, p : p + 1], KV(kv.k[:, :, : p + 1], kv.v[:, :, : p + 1], kv.pos[..., : p + 1]),
@@ -356,19 +358,58 @@ def test_no_host_wait(monkeypatch):
     assert len(list(HiP(**SMALL).select(q, kv, ctx))) == 2
 
 
-# ---- the Triton round, interpreted ----
+class Kernels(TorchDispatchMode):
+    """Counts what launches a kernel: no view, and nothing that only takes memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not (func.is_view or func.overloadpacket.__name__.startswith("empty")):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_search_leaves_nothing_to_do_around_it(monkeypatch):
+    """A decode step's search is one call, with no kernel besides; a prompt's stripes share what they need."""
+    calls = []
+
+    def stub(q, k, q_pos, last, groups, *rest):
+        calls.append(groups)
+        shape = q.shape[0], q.shape[1], last.shape[1]
+        return torch.empty(*shape, groups, dtype=torch.int32), torch.empty(shape, dtype=torch.int32)
+
+    monkeypatch.setitem(halving._RUN, "torch", stub)
+    hip = HiP(**{**SMALL, "refresh": 2})
+    q, kv, _ = problem(1, 120)
+    ctx = Ctx(0, 1, "decode", "step", torch.tensor([[119]]), (), 1.0, None)
+    with Kernels() as kernels:
+        hip.select(q, kv, ctx)
+    assert calls == [8] and kernels.names == []
+    q, kv, ctx = problem(120, 120)
+    counts = []
+    for stripe in (128, 8):
+        monkeypatch.setattr("attnpatch.patches.hip.STRIPE", stripe)
+        with Kernels() as kernels:
+            list(hip.select(q, kv, ctx))
+        counts.append(len(kernels.names))
+    assert len(calls) == 1 + 1 + 11 and counts[0] == counts[1] < 30
+
+
+# ---- the Triton search, interpreted ----
 
 
 def interpreted():
     """Runs in a process of its own: the interpreter must be asked for before triton is imported."""
     mend_interpreter()
-    torch_round = halving._run_torch
+    searches = halving._run_torch, halving._run_triton
     for dtype, change in [(torch.float32, CHANGES[i]) for i in (0, 2, 3, 5, 6, 9, 10)] + [(torch.float16, {})]:
         hip = HiP(**{**SMALL, **change})
         q, kv, ctx = problem(70, 70, batch=2, lengths=[70, 45], heads=2, kv_heads=1, dim=16)
         q, kv.k = q.nan_to_num().to(dtype), kv.k.to(dtype)
         answers = []
-        for run in (torch_round, halving._run_triton):
+        for run in searches:
             halving._RUN["torch"] = run
             answers.append(list(hip.select(q, kv, ctx))[1:])
         for a, b in zip(*answers, strict=True):
@@ -377,20 +418,20 @@ def interpreted():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: "+".join(f"{k}={v}" for k, v in c.items()) or "plain")
-def test_triton_round_on_a_gpu(change, monkeypatch):
+def test_triton_search_on_a_gpu(change, monkeypatch):
     hip = HiP(**{**SMALL, "mask_k": 64, "block_size_q": 64, **change})
     q, kv, ctx = problem(1500, 1500, batch=2, lengths=[1500, 900], dim=64)
     q, k, v, pos = q.nan_to_num().bfloat16().cuda(), kv.k.bfloat16().cuda(), kv.v.bfloat16().cuda(), kv.pos.cuda()
     kv, ctx = KV(k, v, pos, holes=True), context(ctx.q_pos.cuda(), [1500, 900], 64)
-    assert halving.choose(q[:, :, None, :32])[0] == "triton"
+    assert halving.choose(q, 32, 32)[0] == "triton"
     fast = list(hip.select(q, kv, ctx))[1:]
-    monkeypatch.setattr(halving, "choose", lambda samples: ("torch", "compared"))
+    monkeypatch.setattr(halving, "choose", lambda *a: ("torch", "compared"))
     for a, b in zip(fast, list(hip.select(q, kv, ctx))[1:], strict=True):
         assert torch.equal(a.index, b.index) and torch.equal(a.count, b.count)
 
 
 @needs_triton
-def test_triton_round_under_the_interpreter():
+def test_triton_search_under_the_interpreter():
     run_interpreted(__file__)
 
 

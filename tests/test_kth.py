@@ -27,6 +27,11 @@ if HERE:
     from attnpatch.executors import _halving_triton, _kth_triton, _mass_triton, _top_slots_triton
 
     @triton.jit
+    def _edges(out, at, GROUPS: tl.constexpr, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(out + i, _halving_triton._edge(tl.load(at), i, GROUPS))
+
+    @triton.jit
     def _found(
         far_at, wanted, count, out, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr
     ):
@@ -159,24 +164,45 @@ def test_triton_top_slots(n, kind, config):
 
 
 @fused
-@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
-@pytest.mark.parametrize(("block", "stride", "group"), [(2, 1, 4), (6, 2, 1), (1, 1, 8)])
-def test_triton_halving(block, stride, few, group, monkeypatch):
+@pytest.mark.parametrize(
+    ("block", "stride", "group", "groups", "page", "few"),
+    [
+        (2, 1, 2, 11, 2, True),
+        (6, 2, 1, 11, 12, False),
+        (1, 1, 2, 16, 7, False),
+        (1, 1, 2, 1, 4, True),
+        (2, 2, 2, 40, 4, True),
+    ],
+    ids=str,
+)
+def test_triton_halving(block, stride, group, groups, page, few, monkeypatch):
     """Whole numbers: sums are exact and ties frequent. Groups and sampled queries are no powers of two."""
-    heads, groups, slots = 8, 11, 401
+    heads, slots = 2, 301
     g = torch.Generator().manual_seed(block)
-    samples = torch.randint(-2, 3, (1, heads, 2, 3, 16), generator=g).to(HALF)
-    k = torch.randint(-2, 3, (1, heads // group, slots, 16), generator=g).to(HALF)
-    limit = torch.tensor([[[-1, 90, 300], [10, 50, 9]]])
-    edge = torch.rand(1, heads, 2, groups, generator=g).mul(slots // block).int().sort(-1).values
-    size = torch.cat([edge, torch.full((1, heads, 2, 1), slots // block, dtype=torch.int32)], -1).diff(dim=-1)
-    given = samples, k, limit, edge, size
-    expected = halving._run_torch(*given, 3, block, stride, "center")
+    q = torch.randint(-2, 3, (2, heads, 297, 16), generator=g).to(HALF)
+    k = torch.randint(-2, 3, (2, heads // group, slots, 16), generator=g).to(HALF)
+    q_pos = torch.tensor([[[-1, 90, 200], [296, 300, 297]], [[5, -1, -1], [299, -1, 4]]])
+    last = torch.tensor([[201, 300], [-1, 299]])
+    given = (q, k, q_pos, last), (groups, 3, 20, block, stride, page, "center", slots)
+    expected = halving._run_torch(*given[0], *given[1])
     monkeypatch.setattr(_halving_triton, "processors", lambda device: 1000 if few else 0)
     for config in ({}, {"BITS": 3, "N": 16, "num_warps": 8}):
-        got = _halving_triton.launch(*(x.to(DEVICE) for x in given), 3, block, stride, "center", **config)
+        got = _halving_triton.launch(*(x.to(DEVICE) for x in given[0]), *given[1], **config)
         for a, e in zip(got, expected, strict=True):
             assert torch.equal(a.cpu(), e), config
+
+
+@fused
+@pytest.mark.parametrize("groups", [1, 3, 7, 256, 300])
+def test_triton_first_groups(groups):
+    """Also regions too long for the keys of a test."""
+    size = triton.next_power_of_2(groups + 1)
+    for region in (0, 1, 5, 255, 256, 257, 4097, 131000, 2**24 - 1, 2**24 + 1, 2**30 + 12345):
+        out = torch.empty(size, dtype=torch.int32, device=DEVICE)
+        _edges[(1,)](out, torch.tensor([region], dtype=torch.int32, device=DEVICE), groups, size)
+        start, length = halving.first_groups(torch.tensor(region), groups)
+        assert out[:groups].tolist() == start.tolist() and int(out[groups]) == region, region
+        assert out[: groups + 1].diff().tolist() == length.tolist(), region
 
 
 @fused
@@ -193,6 +219,8 @@ def test_triton_settings_of_halving_fit():
                         assert s["CHILDREN"] // s["COLUMNS"] <= _kth_triton.COLUMN
     assert _halving_triton.shapes(1, 128, 256, 2, few=True)["N"] == 256
     assert _halving_triton.shapes(128, 128, 256, 2, few=True)["N"] == 64
+    assert _halving_triton.shapes(32, 128, 256, 2)["maxnreg"] == 128
+    assert _halving_triton.shapes(32, 128, 256, 2, few=True)["maxnreg"] is None
 
 
 @needs_triton

@@ -67,6 +67,38 @@ def _ties(edge, held, above, equal, limit, RULE: tl.constexpr):
     return tl.minimum(tl.maximum(fit, 0.0), equal.to(tl.float32)).to(tl.int32)
 
 
+@triton.jit
+def cut(v, there, limit, RULE: tl.constexpr, LOWEST: tl.constexpr):
+    """(edge, above, equal, take): `above` scores lie over the edge, and of the `equal` at it `take` fit too.
+
+    v: fp32 [N], -inf where not there. RULE: that of a sum.
+    """
+    key, weight = _key(v), _weight(v, there, RULE)
+    edge = tl.full([], LOWEST, tl.int32)
+    for bit in range(0, 32):
+        half = tl.full([], 1, tl.int32) << (31 - bit)
+        over = key > edge + (half - 1)
+        fits = _fits(tl.sum(tl.where(over, weight, 0.0), axis=0), limit, RULE)
+        edge += tl.where(fits, 0, half)
+    over, tie = there & (key > edge), there & (key == edge)
+    above, equal = tl.sum(over.to(tl.int32), axis=0), tl.sum(tie.to(tl.int32), axis=0)
+    take = _ties(edge, tl.sum(tl.where(over, weight, 0.0), axis=0), above, equal, limit, RULE)
+    return edge, above, equal, take
+
+
+@triton.jit
+def upto(v, there, edge, equal, take, LATER: tl.constexpr):
+    """bool [N]: what lies over the edge, and `take` of the `equal` at it, the later or the earlier."""
+    key = _key(v)
+    tie = there & (key == edge)
+    rank = tl.cumsum(tie.to(tl.int32), axis=0)
+    if LATER:
+        tie = tie & (rank > equal - take)
+    else:
+        tie = tie & (rank <= take)
+    return there & (key > edge) | tie
+
+
 @triton.jit(do_not_specialize=["n"])
 def _most(
     x, limit, out, count, n,
@@ -107,23 +139,9 @@ def _short(
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there = i < n
     v = tl.load(x + row * n + i, mask=there, other=float("-inf"))
-    most, key, weight = tl.load(limit + row), _key(v), _weight(v, there, RULE)
-    edge = tl.full([], LOWEST, tl.int32)
-    for bit in range(0, 32):
-        half = tl.full([], 1, tl.int32) << (31 - bit)
-        over = key > edge + (half - 1)
-        fits = _fits(tl.sum(tl.where(over, weight, 0.0), axis=0), most, RULE)
-        edge += tl.where(fits, 0, half)
-    over, tie = there & (key > edge), there & (key == edge)
-    above, equal = tl.sum(over.to(tl.int32), axis=0), tl.sum(tie.to(tl.int32), axis=0)
-    take = _ties(edge, tl.sum(tl.where(over, weight, 0.0), axis=0), above, equal, most, RULE)
+    edge, above, equal, take = cut(v, there, tl.load(limit + row), RULE, LOWEST)
     if MAP:
-        rank = tl.cumsum(tie.to(tl.int32), axis=0)
-        if LATER:
-            tie = tie & (rank > equal - take)
-        else:
-            tie = tie & (rank <= take)
-        tl.store(out + row * n + i, (over | tie).to(tl.int8), mask=there)
+        tl.store(out + row * n + i, upto(v, there, edge, equal, take, LATER).to(tl.int8), mask=there)
     else:
         tl.store(count + row, above + take)
 

@@ -13,7 +13,7 @@ import torch
 from attnpatch.executors import column_sums
 from attnpatch.executors.column_sums import compute_dtype
 
-MAX_ROWS = 16384
+MAX_ROWS = 32768
 """Most query rows of a stripe, so that its lists stay small."""
 
 
@@ -95,9 +95,10 @@ def stripes(start: int, rows: int, block: int, lists: int) -> Iterator[tuple[sli
     """(rows of the call, first block, end block) of stripes that cover `rows` queries from position `start`.
 
     Query blocks lie at absolute multiples of `block`: a partial first block is a stripe of its own. lists: how many
-    lists a query block has (batch rows * heads); a stripe's map over all key blocks stays within MAX_BLOCK.
+    lists a query block has (batch rows * heads); a stripe's map over all key blocks stays within half of
+    MAX_BLOCK elements: what it is made from lies beside it, and the lists of the stripe before.
     """
-    fits = column_sums.MAX_BLOCK // (lists * -(-(start + rows) // block))
+    fits = column_sums.MAX_BLOCK // 2 // (lists * -(-(start + rows) // block))
     step, at = max(1, min(fits, MAX_ROWS // block)) * block, 0
     while at < rows:
         stop = min(at + (-(start + at) % block or step), rows)

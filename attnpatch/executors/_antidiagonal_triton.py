@@ -62,8 +62,8 @@ def _mass(
 ):  # fmt: skip
     """OUT fp32 [B * Hq, blocks, W], strides out_head, out_block = W, from LSE [B, Hq, rows, width].
 
-    Above the diagonal it is 0. Row 0 of LSE is reduced query `first`, in block first // TILE. Rows before it, behind the last one or from
-    END[b] / STRIDE on give nothing.
+    Above the diagonal it is 0. Row 0 of LSE is reduced query `first`, in block first // TILE. Rows before it, behind
+    the last one or from END[b] / STRIDE on give nothing.
     """
     row_head = tl.program_id(1).to(tl.int64)
     own = first // TILE + tl.program_id(0)

@@ -162,6 +162,8 @@ def _search(
 ):  # fmt: skip
     """new_sums [rows, PARTS, 16]: what the scores of a part above each of 16 candidates weigh; size: scores a part."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(limit + row) < 0.0:  # nothing fits
+        return
     if FIRST:
         low = tl.full([], LOWEST, tl.int32)
     else:
@@ -184,6 +186,8 @@ def _tally(
 ):
     """tally fp32 [rows, 3, PARTS]: what the scores of a part above the edge weigh, how many there are and are at it."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(limit + row) < 0.0:
+        return
     low = _found(edge, sums, row, limit, 0, tl.num_programs(1), PARTS, RULE)
     held = tl.zeros([BLOCK], dtype=tl.float32)
     above, equal = held, held
@@ -209,6 +213,15 @@ def _take(
 ):  # fmt: skip
     """As `_short`; edge int32 [rows] as found."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(limit + row) < 0.0:
+        if MAP:
+            start = part * size
+            for at in range(start, tl.minimum(start + size, n), BLOCK):
+                i = at + tl.arange(0, BLOCK)
+                tl.store(out + row * n + i, tl.zeros([BLOCK], dtype=tl.int8), mask=i < n)
+        else:
+            tl.store(count + row, 0)
+        return
     every = tl.arange(0, PARTS)
     tally += row * 3 * PARTS + every
     held = tl.sum(tl.load(tally, mask=every < parts, other=0.0), axis=0)
@@ -244,13 +257,16 @@ def launch(
     """bool [..., n]: the best of scores [..., n] that fit limit [...] by `rule`; or how many, int32 [...] (count).
 
     In fp32. Ties go to the later index, or the earlier. COUNT never takes -inf; n is below 2**24 then. config
-    overrides num_warps of a row in registers and, with COUNT, BITS of a turn (3 or 4) and GROUPS (0: none).
+    overrides num_warps of a row in registers and, with COUNT, BITS of a turn (3 or 4) and GROUPS (0: none). A limit
+    below 0 takes nothing; a long row is not read then.
     """
     n, shape = scores.shape[-1], scores.shape[:-1]
     x, limit = scores.to(torch.float32).contiguous(), limit.to(torch.float32).expand(shape).contiguous()
     rows = limit.numel()
     out = torch.empty(0 if count else x.shape, dtype=torch.int8, device=x.device)
-    total = torch.zeros(shape if count else 0, dtype=torch.int32, device=x.device)
+    total = torch.empty(shape if count else 0, dtype=torch.int32, device=x.device)
+    if not n:
+        total.zero_()
     if rows and n:
         with on(x.device):
             how = {"LATER": later, "MAP": not count}

@@ -132,9 +132,9 @@ def mass_count(scores: torch.Tensor, mass: float, n: torch.Tensor, *, _backend: 
     if (_backend or choose(scores)[0]) == "triton":
         from attnpatch.executors import _mass_triton
 
-        limit = torch.full((), mass, device=scores.device)
+        limit = torch.full(scores.shape[:-1], mass, device=scores.device)
         # zeros fit all or not at all
-        return torch.minimum(_mass_triton.launch(scores, limit, _mass_triton.WITHIN, count=True).long(), n) + 1
+        return torch.minimum(_mass_triton.launch(scores, limit, _mass_triton.WITHIN, count=True), n) + 1
     total = scores.sort(dim=-1, descending=True).values.cumsum(-1)
     real = torch.arange(scores.shape[-1], device=scores.device) < n[..., None]
     return ((total <= mass) & real).sum(-1) + 1
@@ -148,7 +148,7 @@ def top_mass(
 
     mass, taken: [...]. lag 1: the score that crosses `mass` is included. lag 0: it is dropped (while <= mass). lag 2:
     the test looks one score further back, so that one more is taken, the best always. Ties go to the later index.
-    Scores of -inf come last; whether they are taken is undefined.
+    Scores of -inf come last; whether they are taken is undefined. A row with `mass` below `taken` costs no search.
     """
     if lag < 2 and (_backend or choose(scores)[0]) == "triton":
         from attnpatch.executors import _mass_triton

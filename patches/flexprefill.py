@@ -125,7 +125,7 @@ class FlexPrefill(Patch):
         mean = probe.sum(2, keepdim=True, dtype=keys.dtype) / many * ctx.scaling  # [B, Hq, 1, D]
         aware = self._query_aware(mean, keys, line_blocks[0], blocks)
         ctx.report["query-aware heads"] = aware
-        budgets = self._budget(lines, end, blocks).masked_fill_(aware, self.min_blocks)  # [2, B, Hq]
+        budgets = self._budget(lines, aware, end, blocks)  # [2, B, Hq]
         columns, offsets = _first_is_best(line_blocks, blocks)
         return Choice(
             lists.top_k(columns, budgets[0]),
@@ -134,19 +134,22 @@ class FlexPrefill(Patch):
             aware,
         )
 
-    def _budget(self, lines: Tensor, end: Tensor, blocks: Tensor | None) -> Tensor:
-        """Blocks that each head takes of lines [..., B, Hq, S]: int [..., B, Hq], fresh (step 3)."""
+    def _budget(self, lines: Tensor, aware: Tensor, end: Tensor, blocks: Tensor | None) -> Tensor:
+        """Blocks that each head takes of lines [..., B, Hq, S]: int [..., B, Hq], the least if it is aware (step 3)."""
         import torch
 
         from attnpatch.executors import lists
 
-        count = lists.mass_count(lines, self.gamma, end[:, None]) // (128 if self.strict else self.block_size) + 1
+        gamma = lines.new_full(aware.shape, self.gamma).masked_fill_(aware, -1.0)  # [B, Hq]: not searched
+        count = lists.mass_count(lines, gamma, end[:, None]) // (128 if self.strict else self.block_size) + 1
         limit = None if self.max_budget is None else -(-self.max_budget // self.block_size)
         if blocks is None:
             most = -(-lines.shape[-1] // self.block_size)
-            return count.clamp(min=self.min_blocks, max=most if limit is None else min(most, limit))
-        blocks = blocks if limit is None else blocks.clamp(max=limit)
-        return torch.minimum(count.clamp(min=self.min_blocks), blocks[:, None])
+            count = count.clamp_(min=self.min_blocks, max=most if limit is None else min(most, limit))
+        else:
+            blocks = blocks if limit is None else blocks.clamp(max=limit)
+            count = torch.minimum(count.clamp_(min=self.min_blocks), blocks[:, None])
+        return count.masked_fill_(aware, self.min_blocks)
 
     def _line_blocks(self, lines: Tensor, end: Tensor) -> Tensor:
         """Mass [2, B, Hq, nb] per key block and per block offset of lines [2, B, Hq, S] (step 4)."""

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from attnpatch.executors.launching import on
 
 LOG2E = 1.4426950408889634
+CACHED = 16 * 2**20  # bytes of the queries that a launch reads again for every tile of keys: they stay in the cache
 
 
 @triton.jit(do_not_specialize=["rows", "first", "width"])
@@ -134,7 +135,8 @@ def launch(
     k = _descriptor(keys.unflatten(3, (stride, dim)), n, depth)
     out = q.new_empty((batch, heads, last - first, last), dtype=torch.float32)
     end = end.contiguous()
-    step = max(1, most // max(1, batch * heads * tile * last))  # query blocks at a time
+    held = CACHED // (heads // kv_heads * block * dim * q.element_size())
+    step = max(1, min(held, most // max(1, batch * heads * tile * last)))  # query blocks at a time
     with on(q.device):
         for a in range(first, last, step):
             z = min(a + step, last)

@@ -21,7 +21,7 @@ class Choice(NamedTuple):
 
     columns: Tensor  # bool [B, Hq, nb] key blocks for every later query block
     offsets: Tensor  # bool [B, Hq, nb] query block - key block
-    pairs: Tensor | None  # bool [B, Hq, R, nb] further pairs of query-aware heads
+    pairs: Tensor | None  # bool [B, Hq, R, nb] further pairs of query-aware heads, also some above the diagonal
     query_aware: Tensor  # bool [B, Hq]
 
 
@@ -89,7 +89,7 @@ class FlexPrefill(Patch):
 
         size, start = self.block_size, kv.S - q.shape[2]
         end = selecting.lengths(ctx.q_pos)
-        choice = self.choose(q, kv, ctx)
+        choice = self.choose(q, kv, ctx, end)
         short = end <= self.dense_up_to if ctx.ragged else None
         for rows, first, last in selecting.stripes(start, q.shape[2], size, q.shape[0] * q.shape[1]):
             part = slice(first - start // size, last - start // size)
@@ -99,101 +99,145 @@ class FlexPrefill(Patch):
             )
             yield Selection(index=index, count=count, page=size, bq=size, rows=rows)
 
-    def choose(self, q: Tensor, kv: KV, ctx: Ctx) -> Choice:
-        """Spec steps 1-7 of q [B, Hq, T, D], the last T of the S tokens; short rows are not treated apart."""
+    def choose(self, q: Tensor, kv: KV, ctx: Ctx, end: Tensor | None = None) -> Choice:
+        """Spec steps 1-7 of q [B, Hq, T, D], the last T of the S tokens; short rows are not treated apart.
+
+        end: int [B] keys of each row, where the caller has them.
+        """
         import torch
 
         from attnpatch.executors import line_sums, lists, selecting
 
         size, start = self.block_size, kv.S - q.shape[2]
-        end = selecting.lengths(ctx.q_pos)  # keys of each row [B]
-        blocks = -(-end // size)  # [B]
+        end = selecting.lengths(ctx.q_pos) if end is None else end
+        known = end if ctx.ragged else None  # no mask is made where every row is as long as all
+        blocks = -(-end // size) if ctx.ragged else None  # [B]
         probe, probe_pos = selecting.probe_rows(q, ctx, size, start)
         sums = line_sums.run(probe, kv, q_pos=probe_pos, scaling=ctx.scaling, newest=not ctx.ragged)
-        voters = (probe_pos >= 0).sum(-1).clamp(min=1)[:, None, None]
+        if ctx.ragged:
+            voters = (probe_pos >= 0).sum(-1).clamp(min=1)[:, None, None]
+            probe, many = torch.where((probe_pos >= 0)[:, None, :, None], probe, 0.0), voters[..., None]
+        else:
+            voters = many = probe.shape[2]
         lines = torch.stack(sums).div_(voters)  # [2, B, Hq, S]: one launch for both
-        columns, diagonals = lines
-        column_blocks = selecting.block_sums(columns, size)  # [B, Hq, nb]
-        keys = selecting.pooled(kv.k, size, end=end if ctx.ragged else None)  # [B, Hkv, nb, D]
-        voting = torch.where((probe_pos >= 0)[:, None, :, None], probe, 0.0)
-        mean = voting.sum(2, keepdim=True, dtype=keys.dtype) / voters[..., None] * ctx.scaling  # [B, Hq, 1, D]
-        aware = self._query_aware(mean, keys, column_blocks, blocks)
+        line_blocks = self._line_blocks(lines, end)  # [2, B, Hq, nb]
+        keys = selecting.pooled(kv.k, size, end=known)  # [B, Hkv, nb, D]
+        mean = probe.sum(2, keepdim=True, dtype=keys.dtype) / many * ctx.scaling  # [B, Hq, 1, D]
+        aware = self._query_aware(mean, keys, line_blocks[0], blocks)
         ctx.report["query-aware heads"] = aware
-        budgets = self._budget(lines, end, blocks).masked_fill(aware, self.min_blocks)  # [2, B, Hq]
+        budgets = self._budget(lines, aware, end, blocks)  # [2, B, Hq]
+        columns, offsets = _first_is_best(line_blocks, blocks)
         return Choice(
-            lists.top_k(_first_is_best(column_blocks, blocks), budgets[0]),
-            lists.top_k(_first_is_best(self._bins(diagonals, end), blocks), budgets[1], later=False),
-            self._pairs(q, keys, ctx, aware, start) if self.tau > 0 else None,
+            lists.top_k(columns, budgets[0]),
+            lists.top_k(offsets, budgets[1], later=False),
+            self._pairs(q, keys, ctx, aware, start, known) if self.tau > 0 else None,
             aware,
         )
 
-    def _budget(self, lines: Tensor, end: Tensor, blocks: Tensor) -> Tensor:
-        """Blocks that each head takes of lines [..., B, Hq, S]: int [..., B, Hq] (step 3)."""
+    def _budget(self, lines: Tensor, aware: Tensor, end: Tensor, blocks: Tensor | None) -> Tensor:
+        """Blocks that each head takes of lines [..., B, Hq, S]: int [..., B, Hq], the least if it is aware (step 3)."""
         import torch
 
         from attnpatch.executors import lists
 
-        count = lists.mass_count(lines, self.gamma, end[:, None]) // (128 if self.strict else self.block_size) + 1
-        most = blocks if self.max_budget is None else blocks.clamp(max=-(-self.max_budget // self.block_size))
-        return torch.minimum(count.clamp(min=self.min_blocks), most[:, None])
+        gamma = lines.new_full(aware.shape, self.gamma).masked_fill_(aware, -1.0)  # [B, Hq]: not searched
+        count = lists.mass_count(lines, gamma, end[:, None]) // (128 if self.strict else self.block_size) + 1
+        limit = None if self.max_budget is None else -(-self.max_budget // self.block_size)
+        if blocks is None:
+            most = -(-lines.shape[-1] // self.block_size)
+            count = count.clamp_(min=self.min_blocks, max=most if limit is None else min(most, limit))
+        else:
+            blocks = blocks if limit is None else blocks.clamp(max=limit)
+            count = torch.minimum(count.clamp_(min=self.min_blocks), blocks[:, None])
+        return count.masked_fill_(aware, self.min_blocks)
 
-    def _bins(self, diagonals: Tensor, end: Tensor) -> Tensor:
-        """Mass per block offset [B, Hq, nb] of diagonals [B, Hq, S], index = distance (step 4)."""
+    def _line_blocks(self, lines: Tensor, end: Tensor) -> Tensor:
+        """Mass [2, B, Hq, nb] per key block and per block offset of lines [2, B, Hq, S] (step 4)."""
         import torch
 
         from attnpatch.executors import selecting
 
-        if self.strict:  # offset 0 covers only the distances below end % size, all others follow
-            shift = (-end % self.block_size)[:, None]
-            at = torch.arange(diagonals.shape[-1] + self.block_size, device=end.device) - shift  # [B, S + size]
-            index = at.clamp(min=0, max=diagonals.shape[-1] - 1)[:, None].expand(-1, diagonals.shape[1], -1)
-            outside = ((at < 0) | (at >= end[:, None]))[:, None]
-            sums = selecting.block_sums(diagonals.gather(-1, index).masked_fill(outside, 0.0), self.block_size)
-            return sums[..., : -(-diagonals.shape[-1] // self.block_size)]
-        return selecting.block_sums(diagonals, self.block_size)
+        if self.strict:
+            return torch.stack([selecting.block_sums(lines[0], self.block_size), self._shifted(lines[1], end)])
+        return selecting.block_sums(lines, self.block_size)
 
-    def _query_aware(self, mean: Tensor, keys: Tensor, true: Tensor, blocks: Tensor) -> Tensor:
+    def _shifted(self, diagonals: Tensor, end: Tensor) -> Tensor:
+        """Mass per block offset [B, Hq, nb] of diagonals [B, Hq, S], index = distance, as the reference sums it.
+
+        Offset 0 covers only the distances below end % size, all others follow.
+        """
+        import torch
+
+        from attnpatch.executors import selecting
+
+        shift = (-end % self.block_size)[:, None]
+        at = torch.arange(diagonals.shape[-1] + self.block_size, device=end.device) - shift  # [B, S + size]
+        index = at.clamp(min=0, max=diagonals.shape[-1] - 1)[:, None].expand(-1, diagonals.shape[1], -1)
+        outside = ((at < 0) | (at >= end[:, None]))[:, None]
+        sums = selecting.block_sums(diagonals.gather(-1, index).masked_fill(outside, 0.0), self.block_size)
+        return sums[..., : -(-diagonals.shape[-1] // self.block_size)]
+
+    def _query_aware(self, mean: Tensor, keys: Tensor, true: Tensor, blocks: Tensor | None) -> Tensor:
         """bool [B, Hq]: the pooled estimate comes near the true column mass [B, Hq, nb] (step 5)."""
         import torch
 
         from attnpatch.executors import selecting
 
-        real = (torch.arange(true.shape[-1], device=true.device) < blocks[:, None])[:, None]  # [B, 1, nb]
-        logits = selecting.pair_scores(mean, keys)[:, :, 0].masked_fill(~real, float("-inf"))
+        logits = selecting.pair_scores(mean, keys)[:, :, 0]
+        real = None
+        if blocks is not None:
+            real = (torch.arange(true.shape[-1], device=true.device) < blocks[:, None])[:, None]  # [B, 1, nb]
+            logits = logits.masked_fill_(~real, float("-inf"))
         estimate = torch.softmax(logits, dim=-1)  # NaN for a batch row of pads alone, which is then not query-aware
-        middle = (estimate + true) / 2
-        divergence = torch.zeros_like(true[..., 0])  # [B, Hq]
-        for p in (estimate, true):
-            kept = real if self.strict else real & (p > 0)  # 0 * log 0 is 0, or NaN if strict
-            divergence = divergence + 0.5 * torch.where(kept, p * (p / middle).log(), 0.0).sum(-1)
-        return (divergence if self.strict else divergence.clamp(min=0)).sqrt() < self.tau
+        both = torch.stack([estimate, true])
+        middle = (estimate + true).div_(2)
+        if self.strict:  # 0 * log 0 is NaN, or else 0
+            parts = both * (both / middle).log_()
+            parts = parts if real is None else torch.where(real, parts, 0.0)
+        else:
+            parts = torch.special.xlogy(both, both / middle.clamp_(min=torch.finfo(middle.dtype).tiny))
+        halves = parts.sum(-1)  # [2, B, Hq]
+        divergence = (halves[0] + halves[1]).div_(2)
+        return (divergence if self.strict else divergence.clamp_(min=0)).sqrt_() < self.tau
 
-    def _pairs(self, q: Tensor, keys: Tensor, ctx: Ctx, aware: Tensor, start: int) -> Tensor:
-        """bool [B, Hq, R, nb]: pooled pairs that hold gamma of the mass of all rows together (step 7)."""
+    def _pairs(self, q: Tensor, keys: Tensor, ctx: Ctx, aware: Tensor, start: int, end: Tensor | None) -> Tensor:
+        """bool [B, Hq, R, nb]: pooled pairs that hold gamma of the mass of all rows together (step 7).
+
+        end: int [B] keys of each row; None = all of them. Among the pairs may be some above the diagonal or of rows
+        behind end, which no list names.
+        """
         import torch
 
         from attnpatch.executors import lists, selecting
 
-        size, end = self.block_size, selecting.lengths(ctx.q_pos)
-        means = selecting.pooled(q, size, start=start, end=end if ctx.ragged else None) * ctx.scaling  # [B, Hq, R, D]
-        visible = selecting.real_pairs(end, size, start // size, keys.shape[2])  # [B, 1, R, nb]
-        mass = (-(-end // size) - start // size).double() * self.gamma  # [B]
-        group, out = q.shape[1] // keys.shape[1], []
+        size, last = self.block_size, keys.shape[2]
+        means = selecting.pooled(q, size, start=start, end=end).mul_(ctx.scaling)  # [B, Hq, R, D]
+        group, first = q.shape[1] // keys.shape[1], start // size
+        if end is None:
+            hidden = torch.ones(last - first, last, dtype=torch.bool, device=q.device).triu_(first + 1)  # [R, nb]
+            mass = keys.new_full((), (last - first) * self.gamma)
+        else:
+            hidden = ~selecting.real_pairs(end, size, first, last)  # [B, 1, R, nb]
+            mass = ((-(-end // size) - first).double() * self.gamma).to(keys.dtype)[:, None]  # [B, 1]
+        mass = torch.where(aware, mass, -1.0)  # [B, Hq]: other heads take nothing, and are not searched
+        out = []
         # the map of one kv head after the other where that of all would not fit
-        for h in selecting.head_slices(keys.shape[1], q.shape[0] * group * visible[0].numel()):
-            logits = selecting.pair_scores(means[:, h.start * group : h.stop * group], keys[:, h])
-            a = torch.softmax(logits.masked_fill_(~visible, float("-inf")), dim=-1)
-            if ctx.ragged:
-                a.masked_fill_(~visible, 0.0)  # the NaN of rows without queries
-            kept = lists.top_mass(a.flatten(2), mass[:, None], lag=1 if self.include_crossing else 0)
-            out.append(kept.unflatten(2, visible.shape[2:]).logical_and_(visible))
-        return torch.cat(out, dim=1).logical_and_(aware[..., None, None])
+        for h in selecting.head_slices(keys.shape[1], q.shape[0] * group * means.shape[2] * last):
+            of = slice(h.start * group, h.stop * group)
+            a = torch.softmax(selecting.pair_scores(means[:, of], keys[:, h]).masked_fill_(hidden, float("-inf")), -1)
+            if end is not None:
+                a.masked_fill_(hidden, 0.0)  # the NaN of rows without queries
+            kept = lists.top_mass(a.flatten(2), mass[:, of], lag=1 if self.include_crossing else 0)
+            out.append(kept.unflatten(2, means.shape[2:3] + (last,)))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
-def _first_is_best(scores: Tensor, blocks: Tensor) -> Tensor:
-    """Scores [B, H, nb] with the first block forced and those behind each row's end never taken."""
+def _first_is_best(scores: Tensor, blocks: Tensor | None) -> Tensor:
+    """Scores [..., B, H, nb] with the first block forced and those behind each row's end never taken; in place."""
     import torch
 
+    scores[..., 0] = float("inf")
+    if blocks is None:
+        return scores
     at = torch.arange(scores.shape[-1], device=scores.device)
-    scores = scores.masked_fill(at == 0, float("inf"))
-    return scores.masked_fill((at >= blocks[:, None])[:, None], float("-inf"))
+    return scores.masked_fill_((at >= blocks[:, None])[:, None], float("-inf"))

@@ -86,10 +86,13 @@ class XAttention(Patch):
         return self.constants.of(row, q.device, compute_dtype(q))[:, None]
 
     def _stripes(self, q: Tensor, kv: KV, ctx: Ctx, threshold: Tensor | float) -> Iterator[Selection]:
-        import torch
+        """Spec steps 1-5, stripe by stripe.
 
+        The reference sums in float64. Sums in the mass's own float32 move the share at which a row stops by some 1e-6
+        of it, as the order of sums in the estimate itself does.
+        """
         from attnpatch.decisions import Selection
-        from attnpatch.executors import antidiagonal, block_lists, selecting
+        from attnpatch.executors import antidiagonal, mass_lists, selecting
 
         size, start = self.block_size, kv.S - q.shape[2]
         end = selecting.lengths(ctx.q_pos)
@@ -101,34 +104,15 @@ class XAttention(Patch):
             mass = antidiagonal.run(
                 part, keys, start=at, end=end, block=size, stride=self.stride, scaling=ctx.scaling
             )  # [B, Hq, R, W]
-            chosen = self._chosen(mass, first, threshold, ctx)
-            # besides what was chosen, the first block and the row's own
-            zero = (torch.arange(last, device=q.device) == 0).expand(1, 1, -1)
-            index, count = block_lists.run(zero, end, size, first, last, columns=zero, pairs=chosen)
+            early = self._early(ctx, first, last, q.device) if self.first_chunk_quirk else None
+            index, count = mass_lists.run(mass, end, size, first, threshold, early=early)
+            del mass  # not while its lists are read
             yield Selection(index=index, count=count, page=size, bq=size, rows=rows)
 
-    def _chosen(self, mass: Tensor, first: int, threshold: Tensor | float, ctx: Ctx) -> Tensor:
-        """bool [B, Hq, R, W] from the estimated mass, besides the first block and the row's own (spec step 5).
-
-        Blocks above the diagonal may be among them.
-
-        The reference sums in float64. Sums in the mass's own float32 move the share at which a row stops by some 1e-6
-        of it, as the order of sums in the estimate itself does.
-        """
+    def _early(self, ctx: Ctx, first: int, last: int, device: Any) -> Tensor:
+        """bool [B, 1, R]: query blocks first .. last - 1 that begin in the reference's first chunk."""
         import torch
 
-        from attnpatch.executors import lists
-
-        i = torch.arange(first, first + mass.shape[2], device=mass.device)[:, None]  # [R, 1]
-        j = torch.arange(mass.shape[3], device=mass.device)
-        forced = (j == i) | (j == 0)
-        required = mass.sum(-1) * threshold  # [B, Hq, R]
-        at_own = mass.diagonal(first, 2, 3)  # [B, Hq, R]
-        at_forced = at_own + mass[..., 0].masked_fill(i[:, 0] == 0, 0.0)
-        chosen = lists.top_mass(mass.masked_fill(forced | (j > i), float("-inf")), required, taken=at_forced)
-        if self.first_chunk_quirk:
-            chunk = self.constants.of([reference_chunk(n) for n in ctx.prompt_len], mass.device)
-            early = (i * self.block_size < chunk[:, None, None])[:, None]  # [B, 1, R, 1]
-            others = mass.masked_fill(j >= i, float("-inf"))
-            chosen = torch.where(early, lists.top_mass(others, required, taken=at_own, lag=2), chosen)
-        return chosen
+        chunk = self.constants.of([reference_chunk(n) for n in ctx.prompt_len], device)  # [B]
+        begin = torch.arange(first, last, device=device) * self.block_size
+        return (begin < chunk[:, None])[:, None]

@@ -102,7 +102,7 @@ def test_triton_mass_count(shape, short_parts):
     x, n = scores(shape, "ties"), shape[-1]
     ends = torch.tensor([[n], [n // 2 + 1], [0]])[: shape[0]]
     x = x.masked_fill(torch.arange(n) >= ends[..., None], 0.0)
-    for mass in (0.5, 2.0, n // 2, 1.5 * n, 6 * n + 1):
+    for mass in (-1.0, 0.5, 2.0, n // 2, 1.5 * n, 6 * n + 1, torch.tensor([2.0, -1.0, 9.5, -0.5])[: shape[1]]):
         got, expected = both(lists.mass_count, x, mass, ends)
         assert torch.equal(got, expected), mass
     x = scores(shape, "mass").masked_fill(torch.arange(n) >= ends[..., None], 0.0)

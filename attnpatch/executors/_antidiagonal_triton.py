@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from attnpatch.executors.launching import on
 
 LOG2E = 1.4426950408889634
+CACHED = 16 * 2**20  # bytes of the queries that a launch reads again for every tile of keys: they stay in the cache
 
 
 @triton.jit(do_not_specialize=["rows", "first", "width"])
@@ -60,15 +61,16 @@ def _mass(
     LSE, END, OUT, rows, first, width, heads, out_head, out_block,
     STRIDE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """OUT fp32 [B * Hq, blocks, W], strides out_head, out_block, up to the diagonal from LSE [B, Hq, rows, width].
+    """OUT fp32 [B * Hq, blocks, W], strides out_head, out_block = W, from LSE [B, Hq, rows, width].
 
-    Row 0 of LSE is reduced query `first`, in block first // TILE. Rows before it, behind the last one or from
-    END[b] / STRIDE on give nothing.
+    Above the diagonal it is 0. Row 0 of LSE is reduced query `first`, in block first // TILE. Rows before it, behind
+    the last one or from END[b] / STRIDE on give nothing.
     """
     row_head = tl.program_id(1).to(tl.int64)
     own = first // TILE + tl.program_id(0)
     i = own * TILE + tl.arange(0, TILE)
     inside = (i >= first) & (i < first + rows)
+    out = OUT + row_head * out_head + tl.program_id(0) * out_block
     line = LSE + (row_head * rows + (i - first)[:, None]) * width
     best = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], dtype=tl.float32)
@@ -85,7 +87,10 @@ def _mass(
         at = n + tl.arange(0, BLOCK_N)
         x = tl.load(line + at[None, :], mask=inside[:, None] & (at <= own)[None, :], other=0.0)
         x = tl.sum(tl.where(counts[:, None], tl.exp2(x - norm[:, None]), 0.0), axis=0)
-        tl.store(OUT + row_head * out_head + tl.program_id(0) * out_block + at, x, mask=at <= own)
+        tl.store(out + at, x, mask=at <= own)
+    for n in range(own + 1, out_block, BLOCK_N):
+        at = n + tl.arange(0, BLOCK_N)
+        tl.store(out + at, 0.0, mask=at < out_block)
 
 
 def _config(dim: int, item: int, shared: int) -> dict[str, int]:
@@ -128,9 +133,10 @@ def launch(
     pad = (start % stride, -(start + tokens) % stride)
     q = (F.pad(q, (0, 0, *pad)) if any(pad) else q).unflatten(2, (-1, stride))  # [B, Hq, r, stride, D]
     k = _descriptor(keys.unflatten(3, (stride, dim)), n, depth)
-    out = q.new_zeros((batch, heads, last - first, last), dtype=torch.float32)
-    end = end.to(torch.int32).contiguous()
-    step = max(1, most // max(1, batch * heads * tile * last))  # query blocks at a time
+    out = q.new_empty((batch, heads, last - first, last), dtype=torch.float32)
+    end = end.contiguous()
+    held = CACHED // (heads // kv_heads * block * dim * q.element_size())
+    step = max(1, min(held, most // max(1, batch * heads * tile * last)))  # query blocks at a time
     with on(q.device):
         for a in range(first, last, step):
             z = min(a + step, last)

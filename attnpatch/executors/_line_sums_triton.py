@@ -1,6 +1,6 @@
 """The fused form of `line_sums`: two products Q K^T, nothing of size w x S kept. Imported only when it is used.
 
-A first launch leaves the log-sum-exp of each row over each tile of keys, the newest row first. A second one sums.
+A first launch leaves the log-sum-exp of each row over each tile of keys, the newest row first. Another sums.
 Column j of row i lies on the diagonal j + i: the rows are taken `SKEW` at a time, those of all query heads of a KV head
 together, and the c-th of these steps begins its keys c * SKEW earlier. Then entry e of row b of every step lies on the
 diagonal e + b, so the steps add up, and only the `SKEW` rows of the sum need turning: row b right by b, where what
@@ -21,7 +21,7 @@ from attnpatch.executors.launching import on, rowwise
 LOG2E = 1.4426950408889634
 FAR = 2**31 - 1
 KEYS = 128  # keys of a tile, and most rows: a diagonal then spans two tiles
-TOGETHER, LINES = 4, 64  # most query heads of a program of the second launch, and the rows it aims at
+TOGETHER, LINES = 4, 64  # most query heads of a program of the last launch, and the rows it aims at
 
 
 @triton.jit
@@ -68,6 +68,26 @@ def _lse(
     total = tl.sum(tl.exp2(x - top[:, None]), axis=1)
     out = tl.where(total == 0.0, float("-inf"), top + tl.log2(tl.where(total == 0.0, 1.0, total)))
     tl.store(lse + (row_head * tl.num_programs(1) + block) * ROWS + i, out)
+
+
+@triton.jit
+def _norm(lse, norm, blocks, ROWS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr):
+    """norm fp32 [B, Hq, ROWS] of lse [B, Hq, blocks, ROWS], both in powers of two; +inf for rows that see nothing."""
+    row_head, i = tl.program_id(1).to(tl.int64), tl.program_id(0) * PART + tl.arange(0, PART)
+    top = tl.full([PART], float("-inf"), tl.float32)
+    total = tl.zeros([PART], dtype=tl.float32)
+    for at in range(0, blocks, BLOCK):
+        block = at + tl.arange(0, BLOCK)
+        x = tl.load(
+            lse + (row_head * blocks + block[:, None]) * ROWS + i[None, :], mask=(block < blocks)[:, None],
+            other=float("-inf"),
+        )  # fmt: skip
+        higher = tl.maximum(top, tl.max(x, axis=0))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(x - finite[None, :]), axis=0)
+        top = higher
+    found = top + tl.log2(tl.where(total == 0.0, 1.0, total))
+    tl.store(norm + row_head * ROWS + i, tl.where(total == 0.0, float("inf"), found))
 
 
 @triton.jit
@@ -133,7 +153,7 @@ def launch(
     """Columns fp32 [B, Hq, S], and the diagonals [B, Hq, n >= S + w - 1] by the sum of slot and row, newest row 0.
 
     q: [B, Hq, w <= 128, D]; k: [B, Hkv, S, D], same dtype; pos: int [B, 1|Hkv, S]; q_pos: int [B, w].
-    config overrides SKEW, STEP, num_warps, num_stages and maxnreg of the second launch.
+    config overrides SKEW, STEP, num_warps, num_stages and maxnreg of the last launch.
     """
     (batch, heads, rows, dim), (kv_heads, slots) = q.shape, k.shape[1:3]
     q, k = rowwise(q), rowwise(k)
@@ -145,13 +165,14 @@ def launch(
     given = [rows, slots, heads, group, pos.shape[1], *q.stride()[:3], *k.stride()[:3], scaling * LOG2E]
     shapes = {"DIM": dim, "ROWS": tall, "KEYS": KEYS, "FAR": FAR}
     lse = q.new_empty((batch, heads, blocks, tall), dtype=torch.float32)
+    norm = q.new_empty((batch, heads, tall), dtype=torch.float32)
     columns = q.new_empty((batch, heads, tall // skew, slots), dtype=torch.float32)
     tiles = triton.cdiv(slots + tall - skew, KEYS)
     near, far = (q.new_empty((batch, heads, tiles, KEYS), dtype=torch.float32) for _ in range(2))
     with on(q.device):
         _lse[group, blocks, batch * kv_heads](q, k, pos, q_pos, lse, *given, **shapes, **_config(tall, wide, item))
-        norm = torch.logsumexp(lse / LOG2E, dim=2) * LOG2E
-        norm.masked_fill_(norm == float("-inf"), float("inf"))
+        part = min(tall, 32)
+        _norm[tall // part, batch * heads](lse, norm, blocks, ROWS=tall, PART=part, BLOCK=64, num_warps=4)
         how = _config(together * skew, wide, item)
         if item == 2 and together * skew <= 64:  # measured: the compiler's own choice of registers is the best here
             how = {"STEP": how["STEP"], "num_warps": 4, "num_stages": 2}

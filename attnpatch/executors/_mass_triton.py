@@ -67,6 +67,38 @@ def _ties(edge, held, above, equal, limit, RULE: tl.constexpr):
     return tl.minimum(tl.maximum(fit, 0.0), equal.to(tl.float32)).to(tl.int32)
 
 
+@triton.jit
+def cut(v, there, limit, RULE: tl.constexpr, LOWEST: tl.constexpr):
+    """(edge, above, equal, take): `above` scores lie over the edge, and of the `equal` at it `take` fit too.
+
+    v: fp32 [N], -inf where not there. RULE: that of a sum.
+    """
+    key, weight = _key(v), _weight(v, there, RULE)
+    edge = tl.full([], LOWEST, tl.int32)
+    for bit in range(0, 32):
+        half = tl.full([], 1, tl.int32) << (31 - bit)
+        over = key > edge + (half - 1)
+        fits = _fits(tl.sum(tl.where(over, weight, 0.0), axis=0), limit, RULE)
+        edge += tl.where(fits, 0, half)
+    over, tie = there & (key > edge), there & (key == edge)
+    above, equal = tl.sum(over.to(tl.int32), axis=0), tl.sum(tie.to(tl.int32), axis=0)
+    take = _ties(edge, tl.sum(tl.where(over, weight, 0.0), axis=0), above, equal, limit, RULE)
+    return edge, above, equal, take
+
+
+@triton.jit
+def upto(v, there, edge, equal, take, LATER: tl.constexpr):
+    """bool [N]: what lies over the edge, and `take` of the `equal` at it, the later or the earlier."""
+    key = _key(v)
+    tie = there & (key == edge)
+    rank = tl.cumsum(tie.to(tl.int32), axis=0)
+    if LATER:
+        tie = tie & (rank > equal - take)
+    else:
+        tie = tie & (rank <= take)
+    return there & (key > edge) | tie
+
+
 @triton.jit(do_not_specialize=["n"])
 def _most(
     x, limit, out, count, n,
@@ -107,23 +139,9 @@ def _short(
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there = i < n
     v = tl.load(x + row * n + i, mask=there, other=float("-inf"))
-    most, key, weight = tl.load(limit + row), _key(v), _weight(v, there, RULE)
-    edge = tl.full([], LOWEST, tl.int32)
-    for bit in range(0, 32):
-        half = tl.full([], 1, tl.int32) << (31 - bit)
-        over = key > edge + (half - 1)
-        fits = _fits(tl.sum(tl.where(over, weight, 0.0), axis=0), most, RULE)
-        edge += tl.where(fits, 0, half)
-    over, tie = there & (key > edge), there & (key == edge)
-    above, equal = tl.sum(over.to(tl.int32), axis=0), tl.sum(tie.to(tl.int32), axis=0)
-    take = _ties(edge, tl.sum(tl.where(over, weight, 0.0), axis=0), above, equal, most, RULE)
+    edge, above, equal, take = cut(v, there, tl.load(limit + row), RULE, LOWEST)
     if MAP:
-        rank = tl.cumsum(tie.to(tl.int32), axis=0)
-        if LATER:
-            tie = tie & (rank > equal - take)
-        else:
-            tie = tie & (rank <= take)
-        tl.store(out + row * n + i, (over | tie).to(tl.int8), mask=there)
+        tl.store(out + row * n + i, upto(v, there, edge, equal, take, LATER).to(tl.int8), mask=there)
     else:
         tl.store(count + row, above + take)
 
@@ -144,6 +162,8 @@ def _search(
 ):  # fmt: skip
     """new_sums [rows, PARTS, 16]: what the scores of a part above each of 16 candidates weigh; size: scores a part."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(limit + row) < 0.0:  # nothing fits
+        return
     if FIRST:
         low = tl.full([], LOWEST, tl.int32)
     else:
@@ -166,6 +186,8 @@ def _tally(
 ):
     """tally fp32 [rows, 3, PARTS]: what the scores of a part above the edge weigh, how many there are and are at it."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(limit + row) < 0.0:
+        return
     low = _found(edge, sums, row, limit, 0, tl.num_programs(1), PARTS, RULE)
     held = tl.zeros([BLOCK], dtype=tl.float32)
     above, equal = held, held
@@ -191,6 +213,15 @@ def _take(
 ):  # fmt: skip
     """As `_short`; edge int32 [rows] as found."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(limit + row) < 0.0:
+        if MAP:
+            start = part * size
+            for at in range(start, tl.minimum(start + size, n), BLOCK):
+                i = at + tl.arange(0, BLOCK)
+                tl.store(out + row * n + i, tl.zeros([BLOCK], dtype=tl.int8), mask=i < n)
+        else:
+            tl.store(count + row, 0)
+        return
     every = tl.arange(0, PARTS)
     tally += row * 3 * PARTS + every
     held = tl.sum(tl.load(tally, mask=every < parts, other=0.0), axis=0)
@@ -226,13 +257,16 @@ def launch(
     """bool [..., n]: the best of scores [..., n] that fit limit [...] by `rule`; or how many, int32 [...] (count).
 
     In fp32. Ties go to the later index, or the earlier. COUNT never takes -inf; n is below 2**24 then. config
-    overrides num_warps of a row in registers and, with COUNT, BITS of a turn (3 or 4) and GROUPS (0: none).
+    overrides num_warps of a row in registers and, with COUNT, BITS of a turn (3 or 4) and GROUPS (0: none). A limit
+    below 0 takes nothing; a long row is not read then.
     """
     n, shape = scores.shape[-1], scores.shape[:-1]
     x, limit = scores.to(torch.float32).contiguous(), limit.to(torch.float32).expand(shape).contiguous()
     rows = limit.numel()
     out = torch.empty(0 if count else x.shape, dtype=torch.int8, device=x.device)
-    total = torch.zeros(shape if count else 0, dtype=torch.int32, device=x.device)
+    total = torch.empty(shape if count else 0, dtype=torch.int32, device=x.device)
+    if not n:
+        total.zero_()
     if rows and n:
         with on(x.device):
             how = {"LATER": later, "MAP": not count}

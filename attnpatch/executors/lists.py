@@ -124,20 +124,23 @@ def top_k(
     return _map(order, (torch.arange(scores.shape[-1], device=scores.device) < k) & (values > float("-inf")))
 
 
-def mass_count(scores: torch.Tensor, mass: float, n: torch.Tensor, *, _backend: str | None = None) -> torch.Tensor:
+def mass_count(
+    scores: torch.Tensor, mass: float | torch.Tensor, n: torch.Tensor, *, _backend: str | None = None
+) -> torch.Tensor:
     """int [...]: how many of the largest of the first n scores hold `mass`, the one that crosses it included.
 
-    scores: [..., m], 0 from n (int, broadcasts to [...]) on. n + 1 where all together hold no more than `mass`.
+    scores: [..., m], 0 from n (int, broadcasts to [...]) on. n + 1 where all together hold no more than `mass`: a
+    number, or a tensor that broadcasts to [...]; a row of which it is below 0 costs no search.
     """
     if (_backend or choose(scores)[0]) == "triton":
         from attnpatch.executors import _mass_triton
 
-        limit = torch.full((), mass, device=scores.device)
+        limit = mass if isinstance(mass, torch.Tensor) else torch.full(scores.shape[:-1], mass, device=scores.device)
         # zeros fit all or not at all
-        return torch.minimum(_mass_triton.launch(scores, limit, _mass_triton.WITHIN, count=True).long(), n) + 1
+        return torch.minimum(_mass_triton.launch(scores, limit, _mass_triton.WITHIN, count=True), n) + 1
     total = scores.sort(dim=-1, descending=True).values.cumsum(-1)
     real = torch.arange(scores.shape[-1], device=scores.device) < n[..., None]
-    return ((total <= mass) & real).sum(-1) + 1
+    return ((total <= (mass[..., None] if isinstance(mass, torch.Tensor) else mass)) & real).sum(-1) + 1
 
 
 def top_mass(
@@ -148,7 +151,7 @@ def top_mass(
 
     mass, taken: [...]. lag 1: the score that crosses `mass` is included. lag 0: it is dropped (while <= mass). lag 2:
     the test looks one score further back, so that one more is taken, the best always. Ties go to the later index.
-    Scores of -inf come last; whether they are taken is undefined.
+    Scores of -inf come last; whether they are taken is undefined. A row with `mass` below `taken` costs no search.
     """
     if lag < 2 and (_backend or choose(scores)[0]) == "triton":
         from attnpatch.executors import _mass_triton

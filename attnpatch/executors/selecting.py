@@ -13,7 +13,7 @@ import torch
 from attnpatch.executors import column_sums
 from attnpatch.executors.column_sums import compute_dtype
 
-MAX_ROWS = 16384
+MAX_ROWS = 32768
 """Most query rows of a stripe, so that its lists stay small."""
 
 
@@ -57,13 +57,15 @@ def pooled(x: torch.Tensor, block: int, *, start: int = 0, end: torch.Tensor | N
         sums.append(x[:, :, head:tail].unflatten(2, (-1, block)).sum(3, dtype=dtype))
     if tokens > tail:
         sums.append(x[:, :, tail:].sum(2, keepdim=True, dtype=dtype))
+    if end is None:  # the host knows how many there are of each
+        many = [n for n in (head, block if tail > head else 0, tokens - tail) if n]
+        sums = [x.div_(n) for x, n in zip(sums, many, strict=True)]
+        return sums[0] if len(sums) == 1 else torch.cat(sums, dim=2)
     total = torch.cat(sums, dim=2)  # [B, H, n, D]
     edge = (start // block + torch.arange(total.shape[2] + 1, device=x.device)) * block
-    edge = edge.clamp(min=start, max=start + tokens)
-    if end is not None:
-        edge = torch.minimum(edge, end[:, None])  # [B, n + 1]
+    edge = torch.minimum(edge.clamp(min=start, max=start + tokens), end[:, None])  # [B, n + 1]
     count = edge.diff(dim=-1).clamp(min=1)
-    return total / count.view(-1, 1, count.shape[-1], 1)
+    return total / count[:, None, :, None]
 
 
 def pair_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -74,7 +76,9 @@ def pair_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 def block_sums(x: torch.Tensor, block: int) -> torch.Tensor:
     """Sums of `block` neighbours [..., ceil(n / block)] of x [..., n], the last over what is there."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
+    short = -x.shape[-1] % block
+    x = torch.nn.functional.pad(x, (0, short)) if short else x  # which would copy
+    return x.unflatten(-1, (-1, block)).sum(-1)
 
 
 def offsets_to_pairs(offsets: torch.Tensor, first: int, last: int) -> torch.Tensor:
@@ -95,9 +99,10 @@ def stripes(start: int, rows: int, block: int, lists: int) -> Iterator[tuple[sli
     """(rows of the call, first block, end block) of stripes that cover `rows` queries from position `start`.
 
     Query blocks lie at absolute multiples of `block`: a partial first block is a stripe of its own. lists: how many
-    lists a query block has (batch rows * heads); a stripe's map over all key blocks stays within MAX_BLOCK.
+    lists a query block has (batch rows * heads); a stripe's map over all key blocks stays within half of
+    MAX_BLOCK elements: what it is made from lies beside it, and the lists of the stripe before.
     """
-    fits = column_sums.MAX_BLOCK // (lists * -(-(start + rows) // block))
+    fits = column_sums.MAX_BLOCK // 2 // (lists * -(-(start + rows) // block))
     step, at = max(1, min(fits, MAX_ROWS // block)) * block, 0
     while at < rows:
         stop = min(at + (-(start + at) % block or step), rows)

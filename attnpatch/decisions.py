@@ -33,7 +33,9 @@ class Selection:
     """
 
     index: torch.Tensor | None = None  # int32 [B|1, H, R, W] pages, ascending, packed left; H one of 1, Hkv, Hq
-    count: torch.Tensor | None = None  # int32 [B|1, H, R] meant entries of the W; None = W. The host never reads it
+    # int32 [B|1, H, R] meant entries of the W; None = W. The host never reads it. One tensor given at several steps
+    # says the same in each (it is counted once)
+    count: torch.Tensor | None = None
     page: int = 1  # keys per index unit: index i names slots i * page .. i * page + page - 1
     bq: int = 0  # query rows that share a list, counted from the first row of `rows`; 0 = one list for all rows
     columns: torch.Tensor | None = None  # int32 [B|1, H, C] slots for every row besides its list; -1 = unused

@@ -100,7 +100,9 @@ class TokenSelect(Patch):
         if self.repositions:
             held = ctx.q_pos[:, -1] + 1
             return self._term(self._joined(index, count, held, self.n_local, kv), ctx)
-        return Selection(index[:, None, None], count[:, None, None], 1, sink=self.n_init, window=self.n_local)
+        # where no row is shorter than others, the list is always full
+        meant = count[:, None, None] if ctx.ragged else None
+        return Selection(index[:, None, None], meant, 1, sink=self.n_init, window=self.n_local)
 
     def _term(self, listed: tuple[Tensor, Tensor], ctx: Ctx, rows: slice | None = None) -> Selection:
         """The Selection of a whole list int32 [B, M], of which int32 [B] count."""
@@ -234,8 +236,7 @@ class TokenSelect(Patch):
                 query = ctx.shard.all(ctx.back(q)).flatten(1)  # fp32 [B, Hq * D]
                 kv.rows["tokens_query"] = query.masked_fill((newest < all_of)[:, None], float("nan"))
                 self._count(kv, ctx, newest)
-            steps, hits = kv.rows["tokens_tally"].unbind(-1)
-            ctx.report["sparse steps"], ctx.report["hit rate"] = steps, (hits, steps)
+            self._tell(kv.rows["tokens_tally"], kv, ctx)
         part = kv
         if self.repositions:
             q, part = ctx.turn(q, self.n_local - newest[:, None]), replace(kv, k=self._raw(kv, ctx))
@@ -244,6 +245,13 @@ class TokenSelect(Patch):
         index, count = top_slots.run(votes, self.top_k, old=old, skip=like, bins=bins)
         kv.rows["tokens"], kv.rows["tokens_count"] = index, count
         return index, count
+
+    def _tell(self, tally: Tensor, kv: KV, ctx: Ctx) -> None:
+        """Show the counters int64 [B, 2] in status; they are counted in place, so that once is enough for each."""
+        told = ctx.report.get("sparse steps")
+        if told is None or told.data_ptr() != tally.data_ptr():
+            steps, hits = tally.unbind(-1)
+            ctx.report["sparse steps"], ctx.report["hit rate"] = steps, (hits, steps)
 
     def _count(self, kv: KV, ctx: Ctx, newest: Tensor) -> None:
         """Count a step that votes in every row; the others are counted where queries are compared."""

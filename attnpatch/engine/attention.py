@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attnpatch.engine import turns
 from attnpatch.engine.call import KV, Call, Ctx
 from attnpatch.engine.layer import PatchLayer
 from attnpatch.engine.terms import DENSE, attend, reweigh, with_extra
@@ -153,8 +154,10 @@ def _patched(
     keeper = plan.keeper if ordinal is not None and _may_evict(plan, layer, event, cache.turn) else None
     observers = plan.observers[call.phase] if ordinal is not None else ()
     custom = _custom_mask(call, layer, order, q, keeper)
-    ctx = Ctx(ordinal or 0, len(plan.covered), call.phase, event, q_pos, (), scaling, softcap, None, custom)
-    ctx.index, ctx.shard = index, plan.shard.fitting(q.shape[1])
+    ctx = Ctx(
+        ordinal or 0, len(plan.covered), call.phase, event, q_pos, (), scaling, softcap, None, custom,
+        report=layer.report, tally=layer.tally, index=index, shard=plan.shard.fitting(q.shape[1]),
+    )  # fmt: skip
     _give_turns(ctx, call, index, q)
     reweighters = plan.reweighters[call.phase] if ordinal is not None else ()
     extra = layer.extra  # what this call finds; `keep` may change it for the next
@@ -187,8 +190,8 @@ def _give_turns(ctx: Ctx, call: Call, index: int, q: Tensor) -> None:
     rope = call.plan.rope
     if rope is not None:
         ctx.turn = lambda x, by: rope.turn(x, index, by)
-        ctx.back = lambda x: call.unturned(x, index)
-        ctx.pairs = lambda: call.pairs(q, index)
+        ctx.back = lambda x: turns.unturned(call, x, index)
+        ctx.pairs = lambda: turns.pairs(call, q, index)
 
 
 def _may_evict(plan: Plan, layer: PatchLayer, event: str, turn: int) -> bool:
@@ -249,9 +252,8 @@ def _push_tail(tail: Any, q: Tensor, q_pos: Tensor | None, call: Call, width: in
 def _complete(call: Call, layer: PatchLayer, kv: KV, ctx: Ctx, q: Tensor) -> None:
     """Fill in what hooks may read and the plain dense road does without."""
     if kv.packed is None:
-        kv.pos = layer.pos
-    ctx.ragged, ctx.report = layer.count is not None, layer.report
-    ctx.tally = layer.tally
+        kv.pos = call.positions(layer)
+    ctx.ragged = layer.count is not None
     ctx.q_pos = ctx.q_pos if ctx.q_pos is not None else call.q_pos(q.shape[0], q.device)
     if call.event != "step":
         ctx.prompt_len = call.prompt_len

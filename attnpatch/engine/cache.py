@@ -79,6 +79,7 @@ class PatchCache(DynamicCache):
         self.prompt_end = prompt_length or 0
         self.batch = 1
         self.padded = False  # some token fed so far was padding
+        self.turns: dict[Any, Any] = {}  # `turns.pairs` of the next steps: (first position, `Pairs`), by kind of layer
         self.generating = self._in_prompt = False
 
     @property

@@ -13,7 +13,6 @@ from attnpatch.engine.shards import WHOLE, Shard
 from attnpatch.engine.tally import Tally
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import dense
-from attnpatch.executors.likeness import Pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,8 +221,8 @@ class Call:
         self._q_pos: Tensor | None = None
         self._lengths: dict[Any, Any] = {}
         self._limits: dict[Any, Limits | None] = {}
-        self._unturned: dict[Any, Tensor] = {}
-        self._pairs: dict[Any, Pairs] = {}
+        self._plain: dict[Any, Tensor] = {}
+        self.turns: dict[Any, Any] = {}  # see engine/turns.py
         self.event = cache.begin(length, self.before) if cache is not None else "prompt"
 
     @property
@@ -322,42 +321,31 @@ class Call:
             self._lengths[key] = dense.row_lengths(layer.count, layer.keys)
         return self._lengths[key]
 
-    def unturned(self, x: Tensor, index: int) -> Tensor:
-        """x [B, H, 1, D] of this step's tokens in layer `index`, turned back to position 0, in fp32.
-
-        The layers share the turn, a matrix: to build it takes longer than to apply it.
-        """
-        if index not in self.plan.rope.turned:
-            return x.float()
-        return (x[:, :, 0].float() @ self._matrix(x, index)[1])[:, :, None]
-
-    def pairs(self, x: Tensor, index: int) -> Pairs | None:
-        """The same turn as `Pairs`; None where it is none, or no rotation of pairs of channels."""
-        rope = self.plan.rope
-        partner = rope.partner(index, x.shape[3], x.device) if index in rope.turned else None
-        if partner is None:
-            return None
-        key, matrix = self._matrix(x, index)
-        if key not in self._pairs:
-            self._pairs[key] = Pairs.of(matrix, partner)
-        return self._pairs[key]
-
-    def _matrix(self, x: Tensor, index: int) -> tuple[Any, Tensor]:
-        """fp32 [B, D, D] that turns x [B, H, 1, D] of layer `index` back, and what it is kept under."""
-        rope = self.plan.rope
-        key = (None if rope.types is None else rope.types[index], x.shape[0], x.shape[3], x.device)
-        if key not in self._unturned:
-            self._unturned[key] = rope.matrix(index, -self.q_pos(x.shape[0], x.device), x.shape[3])
-        return key, self._unturned[key]
-
     def q_pos(self, batch: int, device: torch.device) -> Tensor:
         """True positions [B, T], -1 for padding: in the fed order, or real tokens first where `order` moves them."""
         if self.padding is None:
-            return torch.arange(self.before, self.after, device=device).expand(batch, -1)
+            return self._counted(self.before, self.after, (batch, -1), torch.int64, device)
         if self._q_pos is None:
             t = torch.arange(self.length, device=self.padding.device)
             self._q_pos = torch.where(t < self.fresh, self.slots, -1)
         return self._q_pos.to(device)
+
+    def positions(self, layer: PatchLayer) -> Tensor:
+        """`layer.pos`; layers in which slots are positions share it within the forward."""
+        if not layer.aligned or layer.count is not None:
+            return layer.pos
+        keys = layer.keys
+        return self._counted(0, keys.shape[2], (keys.shape[0], 1, -1), torch.int32, keys.device)
+
+    def _counted(self, first: int, end: int, shape: tuple[int, ...], dtype: Any, device: torch.device) -> Tensor:
+        """first .. end - 1, expanded to `shape`; made once a forward, but that graphs keep their own."""
+        key = (first, end, shape, dtype, device)
+        known = None if torch.compiler.is_compiling() else self._plain.get(key)
+        if known is None:
+            known = torch.arange(first, end, device=device, dtype=dtype).expand(shape)
+            if not torch.compiler.is_compiling():
+                self._plain[key] = known
+        return known
 
     def order(self, device: torch.device) -> Tensor | None:
         """[B, T] permutation that brings each row's real tokens to the front; None when nothing moves."""

@@ -93,11 +93,17 @@ class Packed:
             self.room, self.spare, self.allotted = self.room + more, self.spare + also, self.allotted + also
         elif self.k.is_inference() and not torch.is_inference_mode_enabled():
             self.k, self.v, self.pos = self.k.clone(), self.v.clone(), self.pos.clone()
-        t = torch.arange(new, device=k.device)
-        slot = (self.start + self.count)[..., None] + t  # [B, Hkv, T]
-        behind = following[:, None] if isinstance(following, torch.Tensor) else following  # [B, 1, 1]
-        self.k[slot], self.v[slot] = k, v
-        self.pos[slot] = (behind + t).to(torch.int32).expand_as(slot)
+        if new == 1 and isinstance(following, int):
+            slot = (self.start + self.count).flatten()
+            self.k.index_copy_(0, slot, k.reshape(pairs, -1))
+            self.v.index_copy_(0, slot, v.reshape(pairs, -1))
+            self.pos.index_fill_(0, slot, following)
+        else:
+            t = torch.arange(new, device=k.device)
+            slot = (self.start + self.count)[..., None] + t  # [B, Hkv, T]
+            behind = following[:, None] if isinstance(following, torch.Tensor) else following  # [B, 1, 1]
+            self.k[slot], self.v[slot] = k, v
+            self.pos[slot] = (behind + t).to(torch.int32).expand_as(slot)
         self.count = self.count + (new if fresh is None else fresh)
         self.room, self.spare = self.room - new, self.spare - new
         self.widest += new

@@ -10,7 +10,7 @@ import torch
 from attnpatch.decisions import Selection, Virtual
 from attnpatch.engine.stopwatch import Stopwatch
 from attnpatch.errors import ConfigError
-from attnpatch.executors import dispatch, lists, merging, reweight
+from attnpatch.executors import dense, dispatch, lists, merging, reweight
 from attnpatch.switches import switch
 
 if TYPE_CHECKING:
@@ -26,9 +26,14 @@ DENSE = Selection()
 HELD = 2**30  # bytes of lists that may wait until the share of the whole prompt is known
 
 
-@torch.compiler.disable  # a graph break inside would turn a generator into the tuple of what it yields unanswered
 def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, kv: KV, ctx: Ctx, lse: bool) -> Result:
     """Attention of q [B, Hq, T, D] over what `patch` selects; (out [B, T, Hq, D], lse [B, Hq, T] if asked for)."""
+    # what keeps the compiler out takes its time in each layer, so it is only asked where there is a compiler
+    work = _untraced if torch.compiler.is_compiling() else _attend
+    return work(patch, call, layer, q, kv, ctx, lse)
+
+
+def _attend(patch: Patch, call: Call, layer: PatchLayer, q: Tensor, kv: KV, ctx: Ctx, lse: bool) -> Result:
     if not torch.is_inference_mode_enabled():  # methods write into what they keep
         for name, x in kv.rows.items():
             kv.rows[name] = x.clone() if x.is_inference() else x
@@ -45,6 +50,10 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
     if decision is None:
         if step:
             layer.tally.close(kv, ctx, whole=True)
+            plain = not (lse or kv.holes) and ctx.softcap is None and ctx.mask is None and ctx.window is None
+            out = dense.single(q, kv.k, kv.v, ctx.scaling) if plain else None
+            if out is not None:
+                return out, None
         return dispatch.run(q, kv, DENSE, ctx, lse)
     if limits is not None and (most := limits.most(kv.S)) < 1 and not patch.merges:
         decision, share = _told(patch, decision, q, kv, ctx)
@@ -52,6 +61,12 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
             layer.note = f"dense: {share:.0%} of the pages chosen, more than the {most:.0%} that pay here"
             watch.note("all", begin)
             return dispatch.run(q, kv, DENSE, ctx, lse)
+    if step and isinstance(decision, Selection) and decision.rows is None:  # nothing to add up
+        result = dispatch.run(turned(q, decision, ctx), kv, decision, ctx, lse or patch.merges)
+        layer.tally.term(decision, kv)
+        layer.tally.close(kv, ctx)
+        _explain(layer, q, kv, decision, ctx)
+        return result
     total = _Total(q, lse or patch.merges)
 
     def compute(term: Selection) -> Result:
@@ -64,8 +79,7 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
         if since is not None:
             watch.note("computing", since)
         _record(layer, term, q.shape[2], kv.S, again=again)
-        if not layer.backend and (term.index is not None or term.columns is not None):
-            layer.backend = dispatch.explain(q, kv, term, ctx)
+        _explain(layer, q, kv, term, ctx)
         return result
 
     each_term(decision, compute)
@@ -74,6 +88,16 @@ def attend(patch: Patch, call: Call, layer: PatchLayer, index: int, q: Tensor, k
     if begin is not None:
         watch.note("all", begin)
     return total.result()
+
+
+# a graph break inside would turn a generator into the tuple of what it yields unanswered
+_untraced = torch.compiler.disable(_attend)
+
+
+def _explain(layer: PatchLayer, q: Tensor, kv: KV, term: Selection, ctx: Ctx) -> None:
+    """Note once what computes the layer's lists."""
+    if not layer.backend and (term.index is not None or term.columns is not None):
+        layer.backend = dispatch.explain(q, kv, term, ctx)
 
 
 def _told(patch: Patch, decision: Any, q: Tensor, kv: KV, ctx: Ctx) -> tuple[Any, float | None]:
@@ -148,9 +172,9 @@ def reweigh(patches: Sequence[Patch], q: Tensor, kv: KV, ctx: Ctx, out: Tensor, 
 
 def _not_now(patch: Patch, layer: PatchLayer, kv: KV, ctx: Ctx) -> str:
     """Why this call runs dense without asking the method; "" = it is asked."""
-    if patch.needs_complete_kv and not (kv.complete and layer.aligned):
+    if not (kv.complete and layer.aligned) and patch.needs_complete_kv:
         return "dense: earlier entries were evicted"
-    if patch.needs_complete_kv and kv.holes and ctx.event != "step":
+    if kv.holes and ctx.event != "step" and patch.needs_complete_kv:
         return "dense: a later turn of a padded batch"
     return "dense: a 4-D attention mask" if ctx.mask is not None else ""
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.launching import processors, rowwise, strides
+from attnpatch.executors.launching import power_of_2, processors, rowwise, strides
 
 PER_SM = 2
 """Programs a multiprocessor holds at once; no more are started than find a place."""
@@ -191,15 +191,18 @@ def _merge(
         tl.store(LSE + row, lse, mask=tl.program_id(1) == 0)
 
 
+_sizes: dict[tuple[int, int, int, int], dict[str, int]] = {}
+
+
 def shapes(dim: int, size: int, rows: int, page: int) -> dict[str, int]:
     """Block sizes and launch settings for head size `dim` of `size` bytes an element, `rows` query heads a list."""
     # measured: few warps with loads well ahead beat many; the pages of a step take 18 instead of 24 us at 128k
     ahead = rows <= 16 and dim * size <= 256
     return {
         "D": dim,
-        "WIDE": max(16, triton.next_power_of_2(dim)),
+        "WIDE": max(16, power_of_2(dim)),
         "ROWS": rows,
-        "M": max(16, triton.next_power_of_2(rows)),
+        "M": max(16, power_of_2(rows)),
         "N": 64 if dim * size <= 256 else 32 if dim * size <= 512 else 16,
         "PAGE": page,
         "num_warps": 2 if ahead else 4,
@@ -217,31 +220,37 @@ def launch(
     """
     (batch, heads, _, dim), (kv_heads, slots) = q.shape, kv.k.shape[1:3]
     index, count, only, leave = selection.index, selection.count, selection.only, selection.leave
-    index, columns = (None if x is None else rowwise(x) for x in (index, columns))
-    units = max([kv_heads, *(x.shape[1] for x in (index, count, columns) if x is not None)])
+    units, width, wide = kv_heads, 0, 0
+    if index is not None:
+        index, width, units = rowwise(index), index.shape[3], max(units, index.shape[1])
+    if count is not None:
+        units = max(units, count.shape[1])
+    if columns is not None:
+        columns, wide, units = rowwise(columns), columns.shape[2], max(units, columns.shape[1])
     q, k, v = rowwise(q), rowwise(kv.k), rowwise(kv.v)
     pos = rowwise(kv.pos) if read else q  # not read otherwise, like every other stand-in
-    width, wide = 0 if index is None else index.shape[3], 0 if columns is None else columns.shape[2]
-    sizes = shapes(dim, q.element_size(), heads // units, selection.page)
+    kind = dim, q.element_size(), heads // units, selection.page
+    sizes = _sizes.get(kind) or _sizes.setdefault(kind, shapes(*kind))
     near = slots if scan else min(selection.sink + selection.window, slots)
     most = -(-max(width * selection.page + wide + near, 0 if only is None else slots) // sizes["N"])
     splits = max(1, min(most, PER_SM * processors(q.device) // (batch * units), 128))
-    part = torch.empty(batch * heads * splits * (dim + 1), dtype=torch.float32, device=q.device)
-    part, part_lse = part[: batch * heads * splits * dim], part[batch * heads * splits * dim :]
+    part = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device)
     logits = part
     if only is not None and leave is not None:
         logits = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
-        leave.update(logits=logits, lse=part_lse.view(batch, heads, splits))
-    shares = [1 if x is None else units // x.shape[1] for x in (index, count, columns)]
+        leave.update(logits=logits, lse=part_lse)
     _part[(splits, batch * units)](
         q, k, v, pos, q if ctx.q_pos is None else ctx.q_pos,
-        *(q if x is None else x for x in (index, count, columns)), q if only is None else only.view(torch.uint8),
-        part, part_lse, logits,
+        q if index is None else index, q if count is None else count, q if columns is None else columns,
+        q if only is None else only.view(torch.uint8), part, part_lse, logits,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         *(strides(pos, 2) if read else (0, 0)), *strides(ctx.q_pos, 1),
         *strides(index, 2), *strides(count, 2), *strides(columns, 2),
         float(ctx.scaling), float(ctx.softcap or 1.0), slots, width, wide, selection.sink, selection.window,
-        2**31 - 1 if ctx.window is None else ctx.window, splits, units, units // kv_heads, *shares,
+        2**31 - 1 if ctx.window is None else ctx.window, splits, units, units // kv_heads,
+        1 if index is None else units // index.shape[1], 1 if count is None else units // count.shape[1],
+        1 if columns is None else units // columns.shape[1],
         LISTS=index is not None, COUNTS=count is not None, COLS=columns is not None, AT=ctx.q_pos is not None,
         HOLES=read, SCAN=scan, SOFTCAP=ctx.softcap is not None, ALL=only is not None, LEAVE=logits is not part,
         # registers leave room for two programs anyhow where rows may attend everything
@@ -252,6 +261,6 @@ def launch(
     slice_ = min(32, sizes["WIDE"])
     _merge[(batch * heads, -(-dim // slice_))](
         part, part_lse, out, part_lse if lse is None else lse, splits,
-        D=dim, WIDTH=slice_, SPLITS=triton.next_power_of_2(splits), WANT_LSE=want_lse, num_warps=4,
+        D=dim, WIDTH=slice_, SPLITS=power_of_2(splits), WANT_LSE=want_lse, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.launching import processors, rowwise, strides
+from attnpatch.executors.launching import power_of_2, processors, rowwise, strides
 
 MOST_ROWS = 64
 """Query rows of a program."""
@@ -139,16 +139,16 @@ def launch(
     (batch, heads, rows, dim), kv_heads = q.shape, packed.count.shape[1]
     group, pairs = heads // kv_heads, batch * kv_heads
     q, size = rowwise(q), q.element_size()
-    m = max(16, min(MOST_ROWS, triton.next_power_of_2(group * rows)))
+    m = max(16, min(MOST_ROWS, power_of_2(group * rows)))
     n = config.pop("N", 32 if dim * size <= 512 else 16)
-    blocks, wide = -(-group * rows // m), max(16, triton.next_power_of_2(dim))
+    blocks, wide = -(-group * rows // m), max(16, power_of_2(dim))
     most = config.pop("per_sm", PER_SM) * processors(q.device) // blocks
     most = min(most, pairs * -(-packed.widest // n) + pairs)
     grid = max(most, pairs)
-    part = torch.empty(grid * group * rows * (dim + 1), dtype=torch.float32, device=q.device)
-    part, part_lse = part[: grid * group * rows * dim], part[grid * group * rows * dim :]
+    part = torch.empty(grid * group * rows * dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(grid * group * rows, dtype=torch.float32, device=q.device)
     count = packed.count.contiguous()
-    same = {"D": dim, "N": n, "PAIRS": triton.next_power_of_2(pairs)}
+    same = {"D": dim, "N": n, "PAIRS": power_of_2(pairs)}
     _part[(grid, blocks)](
         q, packed.k, packed.v, packed.pos, q if ctx.q_pos is None else ctx.q_pos, packed.start, count,
         part, part_lse, *q.stride()[:3], packed.k.stride(0), packed.v.stride(0), *strides(ctx.q_pos, 1),

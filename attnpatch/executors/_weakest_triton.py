@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors.launching import power_of_2
 from attnpatch.executors.weakest import BLOCK
 
 
@@ -93,12 +94,12 @@ def launch(slots: torch.Tensor, score: torch.Tensor, new: torch.Tensor, least: t
         blocks = least.shape[2]
         _in_block[(batch * heads,)](
             slots, score, least, new, new.stride(0), width, heads, blocks, N=BLOCK,
-            BLOCKS=max(16, triton.next_power_of_2(blocks)), num_warps=4,
+            BLOCKS=max(16, power_of_2(blocks)), num_warps=4,
         )  # fmt: skip
         return
     _kernel[(batch * heads,)](
         slots, score, new, new.stride(0), width, heads,
-        N=max(16, min(4096, triton.next_power_of_2(width))), num_warps=8,
+        N=max(16, min(4096, power_of_2(width))), num_warps=8,
     )  # fmt: skip
 
 

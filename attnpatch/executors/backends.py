@@ -22,12 +22,18 @@ def here() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+_found: dict[Any, Any] = {}  # a plain dict: torch.compile warns of lru_cache
+
+
 def capability(device: torch.device) -> int:
     """CUDA major version of the device; 0 elsewhere."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-
-
-_found: dict[str, Any] = {}  # a plain dict: torch.compile warns of lru_cache
+    if device.type != "cuda":
+        return 0
+    if device.index is None or torch.compiler.is_compiling():  # "cuda" is whichever is current
+        return torch.cuda.get_device_capability(device)[0]
+    if device not in _found:  # asked for several times a layer and step
+        _found[device] = torch.cuda.get_device_capability(device)[0]
+    return _found[device]
 
 
 def has_triton() -> bool:
@@ -95,14 +101,9 @@ class ListCall(NamedTuple):
     @classmethod
     def of(cls, q: torch.Tensor, kv: Any) -> ListCall:
         """Of q [B, Hq, T, D] and kv with k, v [B, Hkv, S, D]."""
-        return cls(
-            device=q.device.type,
-            capability=capability(q.device),
-            dtype=q.dtype,
-            dim=q.shape[3],
-            alike=q.dtype == kv.k.dtype == kv.v.dtype and q.shape[3] == kv.v.shape[3],
-            grad=differentiated(q, kv.k, kv.v),
-        )
+        k, v = kv.k, kv.v
+        alike = q.dtype == k.dtype == v.dtype and q.shape[3] == v.shape[3]
+        return cls(q.device.type, capability(q.device), q.dtype, q.shape[3], alike, differentiated(q, k, v))
 
 
 def no_cuda_lists(c: Any) -> str | None:

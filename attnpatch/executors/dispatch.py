@@ -12,6 +12,8 @@ from attnpatch.executors import dense, ragged
 
 COARSE = 16  # query rows and keys of a list from which the block-sparse kernels take it
 
+_modules: dict[str, Any] = {}  # those asked for so far; the import system takes longer to say the same
+
 
 def executor(selection: Any, rows: int) -> str:
     """Name of the executor module for a Selection over `rows` queries."""
@@ -39,12 +41,18 @@ def run(
     name = executor(selection, q.shape[2])
     if selection.only is not None and name != "gather_decode":
         raise InputError(f"Selection.only goes with the lists of a decode step; {name} knows no rows without them.")
-    module = import_module(f"attnpatch.executors.{name}")
-    return module.run(q, kv, selection, ctx, want_lse)
+    return _module(name).run(q, kv, selection, ctx, want_lse)
+
+
+def _module(name: str) -> Any:
+    """The executor of that name, imported at its first call."""
+    if name not in _modules:
+        _modules[name] = import_module(f"attnpatch.executors.{name}")
+    return _modules[name]
 
 
 def explain(q: torch.Tensor, kv: Any, selection: Any, ctx: Any) -> str:
     """Executor, backend and the reason for it, in words, for a Selection with lists."""
     name = executor(selection, q.shape[2])
-    backend, reason = import_module(f"attnpatch.executors.{name}").choose(q, kv, selection, ctx)
+    backend, reason = _module(name).choose(q, kv, selection, ctx)
     return f"{name} by {backend} ({reason})"

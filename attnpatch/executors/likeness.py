@@ -8,7 +8,7 @@ import torch
 
 from attnpatch.errors import ConfigError
 from attnpatch.executors.backends import HALF, capability, no_triton
-from attnpatch.executors.launching import on
+from attnpatch.executors.launching import on, without_grad
 
 WIDEST = 32768
 """Most numbers of a query that the one program of a row holds."""
@@ -77,7 +77,7 @@ def _run_torch(
     return like
 
 
-@torch.no_grad()
+@without_grad
 def run(
     query: torch.Tensor, kept: torch.Tensor, q_pos: torch.Tensor, threshold: float, *, above: bool = False,
     turn: Pairs | None = None, mean: bool = False, least: int = 0, tally: torch.Tensor | None = None,

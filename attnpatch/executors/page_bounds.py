@@ -11,10 +11,10 @@ import torch
 
 from attnpatch.executors.backends import capability, no_triton, too_old
 from attnpatch.executors.column_sums import matmul, operand
-from attnpatch.executors.launching import on
+from attnpatch.executors.launching import on, without_grad
 
 
-@torch.no_grad()
+@without_grad
 def summarise(k: torch.Tensor, page: int, filled: torch.Tensor | None = None) -> torch.Tensor:
     """Bounds [B, Hkv, ceil(S / page), 2D] of k [B, Hkv, S, D]; filled: bool [B, 1|Hkv, S], None = all slots."""
     inf, whole = float("inf"), k.shape[2] // page * page
@@ -49,7 +49,7 @@ def choose(q: torch.Tensor, bounds: torch.Tensor) -> tuple[str, str]:
     return ("triton", "the fastest that fits") if why is None else ("torch", f"not triton: {why}")
 
 
-@torch.no_grad()
+@without_grad
 def add(bounds: torch.Tensor, k: torch.Tensor, page: int, slot: torch.Tensor, *, _backend: str | None = None) -> None:
     """Take the key at `slot` of each row into its page's bounds, in place; slot: int [B], -1 = no key for the row."""
     if (_backend or choose(k, bounds)[0]) == "triton":
@@ -67,7 +67,7 @@ def add(bounds: torch.Tensor, k: torch.Tensor, page: int, slot: torch.Tensor, *,
     bounds.scatter_(2, at, torch.where((slot < 0)[:, None, None, None], old, new))
 
 
-@torch.no_grad()
+@without_grad
 def scores(
     q: torch.Tensor,
     bounds: torch.Tensor,

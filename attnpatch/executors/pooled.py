@@ -7,7 +7,7 @@ import torch
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import top_slots
 from attnpatch.executors.backends import capability, no_triton
-from attnpatch.executors.launching import on
+from attnpatch.executors.launching import on, without_grad
 
 
 def choose(scores: torch.Tensor) -> tuple[str, str]:
@@ -30,7 +30,7 @@ def _run_torch(scores: torch.Tensor, width: int, newest: torch.Tensor, own: bool
     return scores.masked_fill(mine, float("inf")) if own else scores
 
 
-@torch.no_grad()
+@without_grad
 def run(
     scores: torch.Tensor, width: int, newest: torch.Tensor, *, own: bool = False, skip: torch.Tensor | None = None,
     bins: torch.Tensor | None = None, _backend: str | None = None,

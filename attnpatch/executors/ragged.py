@@ -162,9 +162,21 @@ _RUN: dict[str, Callable[[torch.Tensor, Any, Any, bool], Result]] = {
 }
 
 
+_chosen: dict[tuple[_Call, str | None], tuple[str, str]] = {}
+
+
+def _decide(call: _Call, forced: str | None) -> tuple[str, str]:
+    """The choice, made once per kind of call. A plain dict: torch.compile warns of lru_cache."""
+    if torch.compiler.is_compiling():
+        return first_fit(_WHY_NOT, call, forced)
+    if (call, forced) not in _chosen:
+        _chosen[call, forced] = first_fit(_WHY_NOT, call, forced)
+    return _chosen[call, forced]
+
+
 def choose(q: torch.Tensor, packed: Any, ctx: Any, want_lse: bool = False) -> tuple[str, str]:
     """(backend, reason) for this call. Never waits for the device."""
-    return first_fit(_WHY_NOT, _call(q, packed, ctx, want_lse), os.environ.get("ATTNPATCH_BACKEND"))
+    return _decide(_call(q, packed, ctx, want_lse), os.environ.get("ATTNPATCH_BACKEND"))
 
 
 def run(
@@ -184,5 +196,5 @@ def run(
         raise InputError("several queries over packed storage need their positions; give ctx.q_pos [B, T].")
     if ctx.mask is not None or ctx.window is not None:
         raise ConfigError("packed storage takes no 4-D mask and no sliding window; run the call on a padded copy.")
-    name, _ = first_fit(_WHY_NOT, _call(q, packed, ctx, want_lse), _backend or os.environ.get("ATTNPATCH_BACKEND"))
+    name, _ = _decide(_call(q, packed, ctx, want_lse), _backend or os.environ.get("ATTNPATCH_BACKEND"))
     return _RUN[name](q, packed, ctx, want_lse)

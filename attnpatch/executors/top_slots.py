@@ -10,7 +10,7 @@ import torch
 from attnpatch.decisions import ranked
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors.backends import capability, no_triton, too_old
-from attnpatch.executors.launching import on
+from attnpatch.executors.launching import on, without_grad
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -50,7 +50,7 @@ def _run_torch(scores: torch.Tensor, k: int, most: torch.Tensor | None) -> Resul
     return torch.nn.functional.pad(index, (0, k - index.shape[-1]), value=n), meant.sum(-1, dtype=torch.int32)
 
 
-@torch.no_grad()
+@without_grad
 def run(
     scores: torch.Tensor, k: int, most: torch.Tensor | None = None, *, old: Result | None = None,
     skip: torch.Tensor | None = None, bins: torch.Tensor | None = None, counted: bool = False,

@@ -7,7 +7,7 @@ import torch
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors.backends import HALF, capability, no_triton, too_old
 from attnpatch.executors.column_sums import matmul, operand
-from attnpatch.executors.launching import on
+from attnpatch.executors.launching import on, without_grad
 
 REDUCE = ("sum", "max", "mean")
 
@@ -37,7 +37,7 @@ def _run_torch(
     return torch.where(inside, found, float("-inf"))  # also replaces NaN of rows with none
 
 
-@torch.no_grad()
+@without_grad
 def run(
     q: torch.Tensor, k: torch.Tensor, *, end: torch.Tensor, first: int = 0, late: int = 0, scaling: float = 1.0,
     softcap: float | None = None, reduce: str = "sum", heads: int = 1, skip: torch.Tensor | None = None,

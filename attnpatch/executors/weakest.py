@@ -9,7 +9,7 @@ import torch
 
 from attnpatch.errors import ConfigError
 from attnpatch.executors.backends import capability, no_triton
-from attnpatch.executors.launching import on
+from attnpatch.executors.launching import on, without_grad
 
 BLOCK = 256
 _LAST = 2**63 - 1
@@ -52,7 +52,7 @@ def _replace_torch(slots: torch.Tensor, score: torch.Tensor, new: torch.Tensor) 
     score.scatter_(-1, at, torch.where(new < 0, score.gather(-1, at), float("inf")))
 
 
-@torch.no_grad()
+@without_grad
 def replace(
     slots: torch.Tensor, score: torch.Tensor, new: torch.Tensor, least: torch.Tensor | None = None, *,
     _backend: str | None = None,
@@ -73,7 +73,7 @@ def replace(
         launch(slots, score, new, least)
 
 
-@torch.no_grad()
+@without_grad
 def renew(
     slots: torch.Tensor, score: torch.Tensor, scores: torch.Tensor, *, size: torch.Tensor | None = None,
     skip: torch.Tensor | None = None, least: torch.Tensor | None = None, _backend: str | None = None,

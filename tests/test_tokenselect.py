@@ -9,6 +9,7 @@ from oracle import CONFIGS, tiny
 from selections import attend, layer, noise, pairs
 
 import attnpatch
+from attnpatch.engine import turns
 from attnpatch.errors import ConfigError
 from attnpatch.executors import dispatch
 
@@ -109,11 +110,12 @@ def test_status_tells_the_hit_rate(threshold, rate):
                 assert report["sparse steps"] == 10 and report["hit rate"] == pytest.approx(rate)
 
 
+@pytest.mark.parametrize("pad", [0, 4], ids=["alike", "padded"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_turn_back_by_pairs_of_channels_is_the_turn_back(name):
+def test_a_turn_back_by_pairs_of_channels_is_the_turn_back(name, pad):
     model, seen = tiny(name), []
     mask = torch.ones(2, 9, dtype=torch.long)
-    mask[1, :4] = 0
+    mask[1, :pad] = 0
     select = TokenSelect.select
 
     def look(self, q, kv, ctx):
@@ -125,7 +127,8 @@ def test_a_turn_back_by_pairs_of_channels_is_the_turn_back(name):
 
     with attnpatch.patched(model, "tokenselect", **{**BASE, "prefill": False}), pytest.MonkeyPatch.context() as change:
         change.setattr(TokenSelect, "select", look)
-        model.generate(torch.randint(2, 97, (2, 9)) * mask, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        change.setattr(turns, "AHEAD", 2)  # steps go beyond what was made at once
+        model.generate(torch.randint(2, 97, (2, 9)) * mask, attention_mask=mask, max_new_tokens=5, do_sample=False)
     assert seen and not all(seen) or name == "mistral_sw"  # whose layers are left alone
 
 

@@ -118,6 +118,12 @@ def test_what_counts_may_be_zeroed_by_what_made_the_scores(form, monkeypatch):
     wanted = top_slots.run(scores, 100, _backend=form[0])
     found = top_slots.run(scores, 100, bins=bins, _backend=form[0])
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    votes.run(q, k, end=end, reduce="max", heads=2, zero=zero, count=True, _backend=form[0])
+    counts = torch.zeros_like(zero)
+    top_slots.count_first(scores, counts)
+    assert torch.equal(zero, counts)
+    found = top_slots.run(scores, 100, bins=bins, counted=bins is not None, _backend=form[0])
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     if bins is None:
         bins = torch.zeros(2, 2, 4, 256, dtype=torch.int32)
     bins.zero_()

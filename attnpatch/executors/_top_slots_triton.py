@@ -79,28 +79,28 @@ def count_first(HIST, score, ok, BINS: tl.constexpr):
 
 
 @triton.jit
-def _digit(HIST, wanted, BINS: tl.constexpr):
-    """The highest digit with `wanted` scores at or above it, and how many of its own are still wanted."""
-    b = tl.arange(0, BINS)
-    hist = tl.load(HIST + b)
-    above = tl.cumsum(hist, 0, reverse=True)  # at or above each digit
-    digit = tl.maximum(tl.sum((above >= wanted).to(tl.int32), 0) - 1, 0)
-    return digit, wanted - tl.sum(tl.where(b > digit, hist, 0), 0)
+def _digit(hist, wanted, BINS: tl.constexpr):
+    """The highest digit with `wanted` scores at or above it, and how many of its own are still wanted; hist [BINS]."""
+    under = tl.cumsum(hist, 0, reverse=True) < wanted  # digits above
+    both = tl.sum(tl.where(under, (tl.full([], 1, tl.int64) << 32) + hist, 0), 0)  # how many, and their scores
+    digit = tl.maximum(BINS - 1 - (both >> 32).to(tl.int32), 0)
+    return digit, wanted - both.to(tl.int32)
 
 
 @triton.jit
 def _state(HIST, STATE, MOST, COUNT, row, most_row, k, first, PASS: tl.constexpr, BINS: tl.constexpr,
            HAS_MOST: tl.constexpr):  # fmt: skip
     """Bits of the k-th highest key (uint32) that PASS passes found, and how many are wanted that begin with them."""
+    hist = tl.load(HIST + (PASS - 1) * BINS + tl.arange(0, BINS))
     if PASS == 1:
-        wanted = tl.minimum(_wanted(most_row, k, MOST, HAS_MOST), tl.sum(tl.load(HIST + tl.arange(0, BINS)), 0))
-        digit, left = _digit(HIST, wanted, BINS)
+        wanted = tl.minimum(_wanted(most_row, k, MOST, HAS_MOST), tl.sum(hist, 0))
+        digit, left = _digit(hist, wanted, BINS)
         prefix = digit.to(tl.uint32, bitcast=True)
         if first:
             tl.store(COUNT + row, wanted)
     else:
         prefix = tl.load(STATE + 2 * (PASS - 1)).to(tl.uint32, bitcast=True)
-        digit, left = _digit(HIST + (PASS - 1) * BINS, tl.load(STATE + 2 * (PASS - 1) + 1), BINS)
+        digit, left = _digit(hist, tl.load(STATE + 2 * (PASS - 1) + 1), BINS)
         prefix = (prefix << 8) | digit.to(tl.uint32, bitcast=True)
     if first:
         tl.store(STATE + 2 * PASS, prefix.to(tl.int32, bitcast=True))
@@ -110,12 +110,13 @@ def _state(HIST, STATE, MOST, COUNT, row, most_row, k, first, PASS: tl.constexpr
 
 @triton.jit(do_not_specialize=["n", "k", "skip_share", "most_share"])
 def _histogram(
-    SCORES, MOST, SKIP, HIST, STATE, COUNT, n, k, skip_share, most_share,
+    SCORES, MOST, SKIP, HIST, STATE, COUNT, CUTS, n, k, skip_share, most_share,
     N: tl.constexpr, PASS: tl.constexpr, BINS: tl.constexpr, HAS_MOST: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of a cut that begin as the k-th highest does to HIST int32 [rows, 4, BINS], by their next digit.
 
-    STATE int32 [rows, 5, 2]: what `_state` found before each pass. *_share: rows for which one SKIP or MOST stands.
+    STATE int32 [rows, 4, 2]: what `_state` found before each pass. *_share: rows for which one SKIP or MOST stands.
+    CUTS int32 [rows, cuts, BINS + 1], of the last pass: keys of each cut at or above each digit, those beyond last.
     """
     cut, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
@@ -124,40 +125,28 @@ def _histogram(
     HIST += row * 4 * BINS
     slot, b = cut * N + tl.arange(0, N), tl.arange(0, BINS)
     key, ok = _keys(SCORES + row * n, slot, slot < n)
+    beyond = 0
     if PASS > 0:
         prefix, _ = _state(
-            HIST, STATE + row * 10, MOST, COUNT, row, row // most_share, k, cut == 0, PASS, BINS, HAS_MOST
+            HIST, STATE + row * 8, MOST, COUNT, row, row // most_share, k, cut == 0, PASS, BINS, HAS_MOST
         )
-        ok = ok & ((key >> (32 - 8 * PASS)) == prefix)
+        start = key >> (32 - 8 * PASS)
+        if PASS == 3:
+            beyond = tl.sum((ok & (start > prefix)).to(tl.int32), 0)
+        ok = ok & (start == prefix)
     digit = ((key >> (24 - 8 * PASS)) & 255).to(tl.int32)
     hist = tl.histogram(digit, BINS, mask=ok)
     tl.atomic_add(HIST + PASS * BINS + b, hist, mask=hist > 0, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["n", "k", "skip_share", "most_share"])
-def _count(
-    SCORES, MOST, SKIP, HIST, STATE, COUNT, CUTS, n, k, skip_share, most_share,
-    N: tl.constexpr, BINS: tl.constexpr, HAS_MOST: tl.constexpr, HAS_SKIP: tl.constexpr,
-):  # fmt: skip
-    """CUTS int32 [rows, cuts, 2]: keys of each cut above the k-th highest, and equal to it."""
-    cut, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if HAS_SKIP:
-        if tl.load(SKIP + row // skip_share) != 0:
-            return
-    slot = cut * N + tl.arange(0, N)
-    key, ok = _keys(SCORES + row * n, slot, slot < n)
-    edge, _ = _state(
-        HIST + row * 4 * BINS, STATE + row * 10, MOST, COUNT, row, row // most_share, k, cut == 0, 4, BINS, HAS_MOST
-    )
-    at = CUTS + (row * tl.num_programs(0) + cut) * 2
-    tl.store(at, tl.sum((ok & (key > edge)).to(tl.int32), 0))
-    tl.store(at + 1, tl.sum((ok & (key == edge)).to(tl.int32), 0))
+    if PASS == 3:
+        CUTS += (row * tl.num_programs(0) + cut) * (BINS + 1)
+        tl.store(CUTS + b, beyond + tl.cumsum(hist, 0, reverse=True))
+        tl.store(CUTS + BINS, beyond)
 
 
 @triton.jit(do_not_specialize=["n", "k", "cuts", "skip_share"])
 def _gather(
-    SCORES, SKIP, STATE, CUTS, INDEX, n, k, cuts, skip_share, N: tl.constexpr, CUT_COUNT: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
+    SCORES, SKIP, HIST, STATE, COUNT, CUTS, INDEX, n, k, cuts, skip_share,
+    N: tl.constexpr, BINS: tl.constexpr, CUT_COUNT: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     """The chosen slots of a cut, to their places in INDEX int32 [rows, k]; what is left of it names slot n."""
     cut, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -165,18 +154,22 @@ def _gather(
         if tl.load(SKIP + row // skip_share) != 0:
             return
     c, i = tl.arange(0, CUT_COUNT), tl.arange(0, N)
-    CUTS += row * cuts * 2
-    over = tl.load(CUTS + 2 * c, mask=c < cuts, other=0)
-    tie = tl.load(CUTS + 2 * c + 1, mask=c < cuts, other=0)
-    edge = tl.load(STATE + row * 10 + 8).to(tl.uint32, bitcast=True)
-    left = tl.load(STATE + row * 10 + 9)
     slot = cut * N + i
     key, ok = _keys(SCORES + row * n, slot, slot < n)
-    for end in range(tl.sum(over, 0) + left + cut * N, k, cuts * N):  # k may exceed n
+    count = tl.load(COUNT + row)
+    HIST += row * 4 * BINS + 3 * BINS
+    prefix = tl.load(STATE + row * 8 + 6).to(tl.uint32, bitcast=True)
+    digit, left = _digit(tl.load(HIST + tl.arange(0, BINS)), tl.load(STATE + row * 8 + 7), BINS)
+    edge, spare = (prefix << 8) | digit.to(tl.uint32, bitcast=True), tl.load(HIST + digit) - left
+    CUTS += (row * cuts + c) * (BINS + 1) + digit  # [CUT_COUNT]
+    over = tl.load(CUTS + 1, mask=c < cut, other=0)
+    upto = tl.load(CUTS, mask=c < cut, other=0)
+    before = tl.sum((over.to(tl.int64) << 32) + (upto - over), 0)
+    for end in range(count + cut * N, k, cuts * N):  # k may exceed n
         tl.store(INDEX + row * k + end + i, tl.full([N], 0, tl.int32) + n, mask=end + i < k)
     _write(
-        INDEX + row * k, ok & (key > edge), ok & (key == edge), tl.sum(tie, 0) - left,
-        tl.sum(tl.where(c < cut, over, 0), 0), tl.sum(tl.where(c < cut, tie, 0), 0), slot, k,
+        INDEX + row * k, ok & (key > edge), ok & (key == edge), spare, (before >> 32).to(tl.int32),
+        before.to(tl.int32), slot, k,
     )  # fmt: skip
 
 
@@ -216,14 +209,15 @@ def launch(
     size = max(1024, triton.next_power_of_2(n) // 512)
     cuts = -(-n // size)
     hist = torch.zeros(rows, PASSES, BINS, dtype=torch.int32, device=scores.device) if bins is None else bins
-    rest = torch.empty(rows * (10 + 2 * cuts), dtype=torch.int32, device=scores.device)
-    state, parts = rest[: rows * 10], rest[rows * 10 :]
-    common = {"N": size, "BINS": BINS, "HAS_MOST": most is not None, **has, "num_warps": 4}
-    shares = n, k, marks_share, limit_share
+    rest = torch.empty(rows * (2 * PASSES + cuts * (BINS + 1)), dtype=torch.int32, device=scores.device)
+    state, parts = rest[: rows * 2 * PASSES], rest[rows * 2 * PASSES :]
+    common = {"N": size, "BINS": BINS, **has, "num_warps": 4}
     for step in range(1 if counted else 0, PASSES):
-        _histogram[(cuts, rows)](scores, limit, marks, hist, state, count, *shares, PASS=step, **common)
-    _count[(cuts, rows)](scores, limit, marks, hist, state, count, parts, *shares, **common)
+        _histogram[(cuts, rows)](
+            scores, limit, marks, hist, state, count, parts, n, k, marks_share, limit_share,
+            PASS=step, HAS_MOST=most is not None, **common,
+        )  # fmt: skip
     _gather[(cuts, rows)](
-        scores, marks, state, parts, index, n, k, cuts, marks_share,
-        N=size, CUT_COUNT=max(16, triton.next_power_of_2(cuts)), **has, num_warps=4,
+        scores, marks, hist, state, count, parts, index, n, k, cuts, marks_share,
+        CUT_COUNT=max(16, triton.next_power_of_2(cuts)), **common,
     )  # fmt: skip

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors._top_slots_triton import BINS as DIGITS
+from attnpatch.executors._top_slots_triton import count_first
 from attnpatch.executors.launching import processors, rowwise
 
 PER_SM = 2
@@ -17,21 +19,34 @@ PARTS = 128
 """Most parts the keys of a head are cut into: each reader of the logits reads the statistics of all."""
 
 
-@triton.jit(do_not_specialize=["slots", "first", "parts", "late"])
+@triton.jit
+def _clear(ZERO, program, programs, room):
+    """Set ZERO int32 [room] to 0, each of the programs a share of it."""
+    for at in range(program * 256, room, programs * 256):
+        i = at + tl.arange(0, 256)
+        tl.store(ZERO + i, tl.zeros([256], tl.int32), mask=i < room)
+
+
+@triton.jit(do_not_specialize=["slots", "first", "parts", "late", "room"])
 def _logits(
-    Q, K, END, SKIP, LOGITS, TOP, MASS,
+    Q, K, END, SKIP, LOGITS, TOP, MASS, ZERO,
     q_batch, q_head, k_batch, k_head, k_step, end_batch,
-    scale, cap, slots, first, late, parts, kv_heads,
+    scale, cap, slots, first, late, parts, kv_heads, room,
     D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SOFTCAP: tl.constexpr, HAS_SKIP: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_ZERO: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """LOGITS fp32 [B, Hq, slots], base 2, of slots first .. end[b] - late - 1; TOP, MASS fp32 [B * Hq, parts]."""
+    """LOGITS fp32 [B, Hq, slots], base 2, of slots first .. end[b] - late - 1; TOP, MASS fp32 [B * Hq, parts].
+
+    ZERO int32 [B, room] is set to 0.
+    """
     part, batch, kv_head = tl.program_id(0), tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
     batch, kv_head = batch.to(tl.int64), kv_head.to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + batch) != 0:
             return
     end = tl.minimum(tl.load(END + batch * end_batch).to(tl.int32) - late, slots)
+    if HAS_ZERO:
+        _clear(ZERO + batch * room, part * kv_heads + kv_head.to(tl.int32), parts * kv_heads, room)
     each = tl.cdiv(tl.cdiv(tl.maximum(end - first, 0), parts), N) * N
     begin = first + part * each
     stop = tl.minimum(begin + each, end)
@@ -63,14 +78,15 @@ def _logits(
 
 @triton.jit(do_not_specialize=["slots", "first", "parts", "late", "room"])
 def _reduce(
-    LOGITS, TOP, MASS, END, SKIP, OUT, ZERO, end_batch, slots, first, late, parts, outs, room,
+    LOGITS, TOP, MASS, END, SKIP, OUT, BINS, end_batch, slots, first, late, parts, outs, room,
     HEADS: tl.constexpr, H: tl.constexpr, N: tl.constexpr, CUTS: tl.constexpr, KIND: tl.constexpr,
-    HAS_SKIP: tl.constexpr, HAS_MASS: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_MASS: tl.constexpr, HAS_ZERO: tl.constexpr, COUNT: tl.constexpr,
+    DIGITS: tl.constexpr,
 ):  # fmt: skip
     """OUT fp32 [B, outs, slots]: sum, max or mean of the probabilities of the HEADS query heads of each.
 
-    Without HAS_MASS, TOP is the log-sum-exp of each part. ZERO int32 [B * outs, room] is set to 0.
+    Without HAS_MASS, TOP is the log-sum-exp of each part. BINS int32 [B * outs, room], those of `top_slots`, are set
+    to 0, or the scores counted in their first DIGITS.
     """
     batch, out = tl.program_id(1) // outs, tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
@@ -78,13 +94,14 @@ def _reduce(
             return
     end = tl.minimum(tl.load(END + batch * end_batch).to(tl.int32) - late, slots)
     if HAS_ZERO:
-        for at in range(tl.program_id(0) * 1024, room, tl.num_programs(0) * 1024):
-            i = at + tl.arange(0, 1024)
-            tl.store(ZERO + out * room + i, tl.zeros([1024], tl.int32), mask=i < room)
+        _clear(BINS + out * room, tl.program_id(0), tl.num_programs(0), room)
     h, c = tl.arange(0, H), tl.arange(0, CUTS)
     slot = tl.program_id(0) * N + tl.arange(0, N)
     inside = (slot >= first) & (slot < end)
     row = (out * HEADS + h)[:, None]  # [H, 1]
+    logits = tl.load(
+        LOGITS + row * slots + slot[None, :], mask=(h < HEADS)[:, None] & inside[None, :], other=float("-inf")
+    )  # [H, N]
     some = (h < HEADS)[:, None] & (c < parts)[None, :]
     top = tl.load(TOP + row * parts + c[None, :], mask=some, other=float("-inf"))  # [H, CUTS]
     mass = tl.where(some, 1.0, 0.0)
@@ -94,9 +111,6 @@ def _reduce(
     base = tl.where(highest == float("-inf"), 0.0, highest)
     mass = tl.sum(mass * tl.exp2(top - base[:, None]), 1)
     lse = base + tl.log2(tl.where(mass == 0.0, 1.0, mass))  # [H]
-    logits = tl.load(
-        LOGITS + row * slots + slot[None, :], mask=(h < HEADS)[:, None] & inside[None, :], other=float("-inf")
-    )  # [H, N]
     probs = tl.exp2(logits - lse[:, None])
     if KIND == "max":
         result = tl.max(probs, 0)
@@ -105,6 +119,8 @@ def _reduce(
         if KIND == "mean":
             result = result / HEADS
     tl.store(OUT + out * slots + slot, tl.where(inside, result, float("-inf")), mask=slot < slots)
+    if COUNT:
+        count_first(BINS + out * room, result, inside, DIGITS)
 
 
 def shapes(dim: int, size: int, rows: int) -> dict[str, int]:
@@ -123,14 +139,17 @@ def shapes(dim: int, size: int, rows: int) -> dict[str, int]:
 def launch(
     q: torch.Tensor, k: torch.Tensor, first: int, end: torch.Tensor, late: int, scaling: float,
     softcap: float | None, reduce: str, outs: int, skip: torch.Tensor | None,
-    known: dict[str, torch.Tensor] | None = None, zero: torch.Tensor | None = None,
+    known: dict[str, torch.Tensor] | None = None, zero: torch.Tensor | None = None, count: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """fp32 [B, outs, S], as `votes.run`."""
     (batch, heads, _, dim), (kv_heads, slots) = q.shape, k.shape[1:3]
     out = torch.empty(batch, outs, slots, dtype=torch.float32, device=q.device)
     marks = {"HAS_SKIP": skip is not None}
     flag = end if skip is None else skip.contiguous().view(torch.uint8)
+    bins, room = (out, 0) if zero is None else (zero, zero.numel() // (batch * outs))
     if known:
+        if count:
+            bins.zero_()
         logits, top = known["logits"], known["lse"]
         mass, parts = top, top.shape[2]
     else:
@@ -140,17 +159,16 @@ def launch(
         logits = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
         top, mass = torch.empty(2, batch * heads * parts, dtype=torch.float32, device=q.device)
         _logits[(parts, batch * kv_heads)](
-            q, k, end, flag, logits, top, mass, *q.stride()[:2], *k.stride()[:3], end.stride(0),
-            float(scaling), float(softcap or 1.0), slots, first, late, parts, kv_heads,
-            SOFTCAP=softcap is not None, **marks, **sizes,
+            q, k, end, flag, logits, top, mass, bins, *q.stride()[:2], *k.stride()[:3], end.stride(0),
+            float(scaling), float(softcap or 1.0), slots, first, late, parts, kv_heads, room * outs,
+            SOFTCAP=softcap is not None, HAS_ZERO=zero is not None, **marks, **sizes,
         )  # fmt: skip
     per = heads // outs
     wide = triton.next_power_of_2(per)
     width = max(64, min(1024, 8192 // wide))
-    zeros, room = (out, 0) if zero is None else (zero, zero.numel() // (batch * outs))
     _reduce[(-(-slots // width), batch * outs)](
-        logits, top, mass, end, flag, out, zeros, end.stride(0), slots, first, late, parts, outs, room,
+        logits, top, mass, end, flag, out, bins, end.stride(0), slots, first, late, parts, outs, room,
         HEADS=per, H=wide, N=width, CUTS=triton.next_power_of_2(parts), KIND=reduce, HAS_MASS=not known,
-        HAS_ZERO=zero is not None, **marks, num_warps=4,
+        HAS_ZERO=bool(known) and zero is not None and not count, COUNT=count, DIGITS=DIGITS, **marks, num_warps=4,
     )  # fmt: skip
     return out

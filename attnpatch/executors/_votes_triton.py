@@ -15,6 +15,8 @@ from attnpatch.executors.launching import processors, rowwise
 
 PER_SM = 2
 """Programs a multiprocessor holds at once in the pass over the keys."""
+HELD = 24 << 20
+"""Bytes of logits up to which the L2 keeps them for their reader, whatever keys stream through it."""
 PARTS = 128
 """Most parts the keys of a head are cut into: each reader of the logits reads the statistics of all."""
 
@@ -31,11 +33,12 @@ def _clear(ZERO, program, programs, room):
 def _logits(
     Q, K, END, SKIP, LOGITS, TOP, MASS, ZERO,
     q_batch, q_head, k_batch, k_head, k_step, end_batch,
-    scale, cap, slots, first, late, parts, kv_heads, room,
+    scale, cap, width, slots, first, late, parts, kv_heads, room,
     D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_ZERO: tl.constexpr, STAGES: tl.constexpr,
+    STORE: tl.constexpr,
 ):  # fmt: skip
-    """LOGITS fp32 [B, Hq, slots], base 2, of slots first .. end[b] - late - 1; TOP, MASS fp32 [B * Hq, parts].
+    """LOGITS fp32 [B, Hq, width], base 2, of slots first .. end[b] - late - 1; TOP, MASS fp32 [B * Hq, parts].
 
     ZERO int32 [B, room] is set to 0.
     """
@@ -56,8 +59,9 @@ def _logits(
     mask = (m < ROWS)[:, None] & (d < D)[None, :]
     q = tl.load(Q + batch * q_batch + head[:, None] * q_head + d[None, :], mask=mask, other=0.0)  # [M, D]
     row = (batch * kv_heads * ROWS + head)[:, None]  # [M, 1] of [B * Hq]
-    top = tl.full([M], float("-inf"), tl.float32)
-    mass = tl.zeros([M], tl.float32)
+    # of every M x N by itself, so that no turn waits for a reduction; finite, since a column may yet have held no key
+    top = tl.full([M, N], -3.0e38, tl.float32)
+    mass = tl.zeros([M, N], tl.float32)
     for at in tl.range(begin, stop, N, num_stages=STAGES):
         slot = at + n
         ok = slot < stop
@@ -67,10 +71,14 @@ def _logits(
         if SOFTCAP:
             logits = cap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634 / cap)) + 1.0))
         logits = tl.where(ok[None, :], logits * 1.4426950408889634, float("-inf"))
-        tl.store(LOGITS + row * slots + place[None, :], logits, mask=(m < ROWS)[:, None] & ok[None, :])
-        highest = tl.maximum(top, tl.max(logits, 1))
-        mass = mass * tl.exp2(top - highest) + tl.sum(tl.exp2(logits - highest[:, None]), 1)
+        tl.store(
+            LOGITS + row * width + place[None, :], logits, mask=(m < ROWS)[:, None] & ok[None, :], eviction_policy=STORE
+        )
+        highest = tl.maximum(top, logits)
+        mass = mass * tl.exp2(top - highest) + tl.exp2(logits - highest)
         top = highest
+    highest = tl.max(top, 1)
+    mass, top = tl.sum(mass * tl.exp2(top - highest[:, None]), 1), highest
     at = (batch * kv_heads * ROWS + head) * parts + part
     tl.store(TOP + at, top, mask=m < ROWS)
     tl.store(MASS + at, mass, mask=m < ROWS)
@@ -78,13 +86,14 @@ def _logits(
 
 @triton.jit(do_not_specialize=["slots", "first", "parts", "late", "room"])
 def _reduce(
-    LOGITS, TOP, MASS, END, SKIP, OUT, BINS, end_batch, slots, first, late, parts, outs, room,
+    LOGITS, TOP, MASS, END, SKIP, OUT, BINS, end_batch, width, slots, first, late, parts, outs, room,
     HEADS: tl.constexpr, H: tl.constexpr, N: tl.constexpr, CUTS: tl.constexpr, KIND: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_MASS: tl.constexpr, HAS_ZERO: tl.constexpr, COUNT: tl.constexpr,
-    DIGITS: tl.constexpr,
+    DIGITS: tl.constexpr, ROOMY: tl.constexpr, LOAD: tl.constexpr,
 ):  # fmt: skip
     """OUT fp32 [B, outs, slots]: sum, max or mean of the probabilities of the HEADS query heads of each.
 
+    LOGITS fp32 [B * Hq, width]; ROOMY: whole blocks of N may be read of a row, so that loads need no mask and are wide.
     Without HAS_MASS, TOP is the log-sum-exp of each part. BINS int32 [B * outs, room], those of `top_slots`, are set
     to 0, or the scores counted in their first DIGITS.
     """
@@ -99,19 +108,20 @@ def _reduce(
     slot = tl.program_id(0) * N + tl.arange(0, N)
     inside = (slot >= first) & (slot < end)
     row = (out * HEADS + h)[:, None]  # [H, 1]
-    logits = tl.load(
-        LOGITS + row * slots + slot[None, :], mask=(h < HEADS)[:, None] & inside[None, :], other=float("-inf")
-    )  # [H, N]
     some = (h < HEADS)[:, None] & (c < parts)[None, :]
     top = tl.load(TOP + row * parts + c[None, :], mask=some, other=float("-inf"))  # [H, CUTS]
     mass = tl.where(some, 1.0, 0.0)
     if HAS_MASS:
         mass = tl.load(MASS + row * parts + c[None, :], mask=some, other=0.0)
+    there = (h < HEADS)[:, None]
+    if not ROOMY:
+        there = there & inside[None, :]
+    logits = tl.load(LOGITS + row * width + slot[None, :], mask=there, other=0.0, eviction_policy=LOAD)  # [H, N]
     highest = tl.max(top, 1)
     base = tl.where(highest == float("-inf"), 0.0, highest)
     mass = tl.sum(mass * tl.exp2(top - base[:, None]), 1)
     lse = base + tl.log2(tl.where(mass == 0.0, 1.0, mass))  # [H]
-    probs = tl.exp2(logits - lse[:, None])
+    probs = tl.exp2(tl.where((h < HEADS)[:, None] & inside[None, :], logits, float("-inf")) - lse[:, None])
     if KIND == "max":
         result = tl.max(probs, 0)
     else:
@@ -140,35 +150,39 @@ def launch(
     q: torch.Tensor, k: torch.Tensor, first: int, end: torch.Tensor, late: int, scaling: float,
     softcap: float | None, reduce: str, outs: int, skip: torch.Tensor | None,
     known: dict[str, torch.Tensor] | None = None, zero: torch.Tensor | None = None, count: bool = False,
+    *, held: bool | None = None, **config: int,
 ) -> torch.Tensor:  # fmt: skip
-    """fp32 [B, outs, S], as `votes.run`."""
+    """fp32 [B, outs, S], as `votes.run`. held: whether the L2 is told to keep the logits; config overrides `shapes`."""
     (batch, heads, _, dim), (kv_heads, slots) = q.shape, k.shape[1:3]
     out = torch.empty(batch, outs, slots, dtype=torch.float32, device=q.device)
     marks = {"HAS_SKIP": skip is not None}
     flag = end if skip is None else skip.contiguous().view(torch.uint8)
     bins, room = (out, 0) if zero is None else (zero, zero.numel() // (batch * outs))
+    per = heads // outs
+    tall = triton.next_power_of_2(per)
+    block = max(64, min(1024, 16384 // tall))
     if known:
         if count:
             bins.zero_()
         logits, top = known["logits"], known["lse"]
-        mass, parts = top, top.shape[2]
+        mass, parts, width = top, top.shape[2], slots
     else:
         q, k = rowwise(q), rowwise(k)
-        sizes = shapes(dim, q.element_size(), heads // kv_heads)
+        sizes = {**shapes(dim, q.element_size(), heads // kv_heads), **config}
         parts = max(1, min(-(-slots // sizes["N"]), PER_SM * processors(q.device) // (batch * kv_heads), PARTS))
-        logits = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
+        width = -(-slots // block) * block
+        held = batch * heads * width * 4 <= HELD if held is None else held
+        logits = torch.empty(batch, heads, width, dtype=torch.float32, device=q.device)
         top, mass = torch.empty(2, batch * heads * parts, dtype=torch.float32, device=q.device)
         _logits[(parts, batch * kv_heads)](
             q, k, end, flag, logits, top, mass, bins, *q.stride()[:2], *k.stride()[:3], end.stride(0),
-            float(scaling), float(softcap or 1.0), slots, first, late, parts, kv_heads, room * outs,
-            SOFTCAP=softcap is not None, HAS_ZERO=zero is not None, **marks, **sizes,
+            float(scaling), float(softcap or 1.0), width, slots, first, late, parts, kv_heads, room * outs,
+            SOFTCAP=softcap is not None, HAS_ZERO=zero is not None, STORE="evict_last" if held else "", **marks, **sizes,
         )  # fmt: skip
-    per = heads // outs
-    wide = triton.next_power_of_2(per)
-    width = max(64, min(1024, 8192 // wide))
-    _reduce[(-(-slots // width), batch * outs)](
-        logits, top, mass, end, flag, out, bins, end.stride(0), slots, first, late, parts, outs, room,
-        HEADS=per, H=wide, N=width, CUTS=triton.next_power_of_2(parts), KIND=reduce, HAS_MASS=not known,
-        HAS_ZERO=bool(known) and zero is not None and not count, COUNT=count, DIGITS=DIGITS, **marks, num_warps=4,
+    _reduce[(-(-slots // block), batch * outs)](
+        logits, top, mass, end, flag, out, bins, end.stride(0), width, slots, first, late, parts, outs, room,
+        HEADS=per, H=tall, N=block, CUTS=triton.next_power_of_2(parts), KIND=reduce, HAS_MASS=not known,
+        HAS_ZERO=bool(known) and zero is not None and not count, COUNT=count, DIGITS=DIGITS, ROOMY=not known,
+        LOAD="evict_first" if held else "", **marks, num_warps=8 if tall * block > 8192 else 4,
     )  # fmt: skip
     return out

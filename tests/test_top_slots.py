@@ -56,6 +56,19 @@ def test_short_rows(form, kind, k):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "k"), [(2048, 128), (1100, 3), (5001, 100), (8192, 256), (4097, 300)])
+def test_few_of_many(form, kind, n, k):
+    """Where what may be chosen is brought together first, if it is little enough and no ties are told apart."""
+    scores = drawn(kind, 2, n, device=form[1])
+    check(form[0], scores, k)
+    scores = scores.sort(-1).values  # all of the best in a row
+    check(form[0], scores, k, torch.tensor([k // 2, 0], device=form[1]))
+    scores[0, k // 2 :] = float("-inf")
+    check(form[0], scores, k)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "k"), [(9001, 500), (8193, 8193), (12000, 3)])
 def test_long_rows(form, kind, n, k):
     check(form[0], drawn(kind, 2, n, device=form[1]), k)

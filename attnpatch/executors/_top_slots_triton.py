@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from attnpatch.executors import _kth_triton
-from attnpatch.executors._kth_triton import bucket
+from attnpatch.executors._kth_triton import bucket, bucket_from, digits
 
 SHORT = 8192
 """Scores of a row up to which one program takes it whole."""
@@ -46,27 +46,91 @@ def _write(INDEX, over, tie, spare, over_before, tie_before, slot, k):
     tl.store(INDEX + place, slot, mask=kept & (place < k))
 
 
+@triton.jit
+def _sieve(far, wanted, GROUPS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
+    """(first, bound): between what the `wanted` <= GROUPS least of far lie, and hopefully not many more."""
+    least = tl.min(tl.reshape(far, [N // GROUPS, GROUPS]), axis=0)
+    first, last = tl.min(least, axis=0), tl.max(least, axis=0)
+    # the search may end an eighth of the groups too far: that adds few scores, and saves most of its turns
+    base, span, _, _ = bucket_from(
+        least, wanted, GROUPS, first, digits(first, last, BITS), GROUPS, GROUPS, BITS, GROUPS // 8
+    )  # fmt: skip
+    return first, tl.where(0xFFFFFFFF - base > span, tl.minimum(base + span, last), last)
+
+
+@triton.jit
+def _choose_few(
+    far, some, slot, wanted, found, first, bound, ROOM, INDEX,
+    N: tl.constexpr, GROUPS: tl.constexpr, CAP: tl.constexpr, CAP_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """Whether the slots of the `wanted` least of far [N] are written to INDEX: not where ties have to be told apart.
+
+    `some` [N], found <= CAP of them, hold these; first .. bound is where they lie. ROOM int64 [CAP] of the program.
+    """
+    c, w = tl.arange(0, CAP), tl.arange(0, WIDE)
+    # side by side, those of a thread together: their order is made at the end, for so few
+    by_thread = tl.reshape(some.to(tl.int32), [N // GROUPS, GROUPS])
+    held = tl.sum(by_thread, 0)
+    place = (tl.cumsum(held, 0) - held)[None, :] + tl.cumsum(by_thread, 0) - 1
+    tl.store(ROOM + tl.reshape(place, [N]), (far.to(tl.int64) << 32) | slot, mask=some)
+    tl.debug_barrier()  # every thread reads what the others wrote
+    pair = tl.load(ROOM + c, mask=c < found, other=-1)
+    own = (pair >> 32).to(tl.uint32)
+    base, span, above, equal = bucket_from(
+        own, wanted, found, first, digits(first, bound, BITS), CAP_COLUMNS, CAP, BITS
+    )  # fmt: skip
+    fits = above + equal == wanted
+    if fits:
+        taken = (c < found) & ((own < base) | (own - base <= span))
+        tl.debug_barrier()
+        tl.store(ROOM + tl.cumsum(taken.to(tl.int32), 0) - 1, pair & 0xFFFFFFFF, mask=taken)
+        tl.debug_barrier()
+        each = tl.load(ROOM + w, mask=w < wanted, other=0x7FFFFFFF).to(tl.int32)
+        rank = tl.sum((each[:, None] < each[None, :]).to(tl.int32), 0)
+        again = tl.load(ROOM + w, mask=w < wanted, other=0).to(tl.int32)
+        tl.store(INDEX + rank, again, mask=w < wanted)
+    return fits
+
+
 @triton.jit(do_not_specialize=["n", "k"])
 def _short(
-    SCORES, MOST, SKIP, INDEX, COUNT, n, k,
+    SCORES, MOST, SKIP, INDEX, COUNT, ROOM, n, k,
     N: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-    HAS_MOST: tl.constexpr, HAS_SKIP: tl.constexpr,
+    CAP: tl.constexpr, CAP_COLUMNS: tl.constexpr, HAS_MOST: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
-    """One row: INDEX int32 [rows, k], COUNT int32 [rows]."""
+    """One row: INDEX int32 [rows, k], COUNT int32 [rows].
+
+    CAP: the scores that may be chosen are first brought together in ROOM int64 [rows, CAP], where they are no more.
+    """
     row = tl.program_id(0).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + row) != 0:
             return
     slot, w = tl.arange(0, N), tl.arange(0, WIDE)
-    key, ok = _keys(SCORES + row * n, slot, slot < n)
+    bits = tl.load(SCORES + row * n + slot, mask=slot < n, other=float("-inf")).to(tl.int32, bitcast=True)
+    far = (bits ^ (~(bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True)  # the complement of `_keys`
+    ok = far < 0xFF800000  # above -inf
+    far = tl.where(ok, far, 0xFFFFFFFF)
     count = tl.sum(ok.to(tl.int32), 0)
     wanted = tl.minimum(_wanted(row, k, MOST, HAS_MOST), count)
-    far = tl.where(ok, key ^ 0xFFFFFFFF, 0xFFFFFFFF)
-    base, span, above, equal = bucket(far, wanted, count, COLUMNS, N, BITS, GROUPS)
-    tl.store(INDEX + row * k + w, tl.full([WIDE], 0, tl.int32) + n, mask=(w >= wanted) & (w < k))
-    tie = ok & (far - base <= span)
-    _write(INDEX + row * k, ok & (far < base), tie, equal - (wanted - above), 0, 0, slot, k)
+    INDEX += row * k
+    tl.store(INDEX + w, tl.full([WIDE], 0, tl.int32) + n, mask=(w >= wanted) & (w < k))
     tl.store(COUNT + row, wanted)
+    done = count < 0
+    if CAP > 0:
+        first, bound = _sieve(far, wanted, GROUPS, N, BITS)
+        some = ok & (far <= bound)
+        found = tl.sum(some.to(tl.int32), 0)
+        if found <= CAP:
+            done = _choose_few(
+                far, some, slot, wanted, found, first, bound, ROOM + row * CAP, INDEX,
+                N, GROUPS, CAP, CAP_COLUMNS, WIDE, BITS,
+            )  # fmt: skip
+    if not done:
+        base, span, above, equal = bucket(far, wanted, count, COLUMNS, N, BITS, GROUPS)
+        tie = ok & (far - base <= span)
+        _write(INDEX, ok & (far < base), tie, equal - (wanted - above), 0, 0, slot, k)
 
 
 @triton.jit
@@ -182,13 +246,31 @@ def _shared(x: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, int]:
     return x.expand(shape).contiguous().view(-1), 1
 
 
+def _few(
+    scores: torch.Tensor, k: int, limit: torch.Tensor, marks: torch.Tensor, index: torch.Tensor, count: torch.Tensor,
+    has: dict[str, bool], **config: int,
+) -> None:  # fmt: skip
+    """`launch` for rows of which one program takes each."""
+    n, rows = scores.shape[-1], count.numel()
+    size, wide = max(16, triton.next_power_of_2(n)), max(16, triton.next_power_of_2(k))
+    warps = config.setdefault("num_warps", 4 if size <= 2048 else 8)
+    groups = config.setdefault("GROUPS", _kth_triton.thread_groups(size, warps))
+    cap = config.setdefault("CAP", 2 * groups)
+    cap = config["CAP"] = 0 if wide > groups else cap
+    room = torch.empty(rows, cap, dtype=torch.int64, device=scores.device) if cap else index
+    _short[(rows,)](
+        scores, limit, marks, index, count, room, n, k, N=size, WIDE=wide, COLUMNS=_kth_triton.columns(size, warps),
+        CAP_COLUMNS=_kth_triton.columns(cap or 16, warps, 2), **has, **{"BITS": 4, **config},
+    )  # fmt: skip
+
+
 def launch(
     scores: torch.Tensor, k: int, most: torch.Tensor | None, skip: torch.Tensor | None, index: torch.Tensor,
     count: torch.Tensor, bins: torch.Tensor | None = None, counted: bool = False, **config: Any,
 ) -> None:  # fmt: skip
     """Fill index int32 [..., k] and count int32 [...], both contiguous, as `top_slots.run` returns them.
 
-    config overrides num_warps, BITS of a turn (3 or 4) and GROUPS (0: none) for rows that one program takes.
+    config overrides num_warps, BITS of a turn (3 or 4), GROUPS and CAP (0: none) for rows that one program takes.
     """
     n, rows = scores.shape[-1], count.numel()
     scores = scores.contiguous()
@@ -196,13 +278,7 @@ def launch(
     if n <= SHORT:
         limit = scores if most is None else most.expand(count.shape).contiguous()
         marks = scores if skip is None else skip.expand(count.shape).contiguous().view(torch.uint8)
-        size = max(16, triton.next_power_of_2(n))
-        given = {"N": size, "BITS": 4, "num_warps": 4 if size <= 2048 else 8, **config}
-        given.setdefault("GROUPS", _kth_triton.thread_groups(size, given["num_warps"]))
-        _short[(rows,)](
-            scores, limit, marks, index, count, n, k, WIDE=max(16, triton.next_power_of_2(k)),
-            COLUMNS=_kth_triton.columns(size, given["num_warps"]), HAS_MOST=most is not None, **has, **given,
-        )  # fmt: skip
+        _few(scores, k, limit, marks, index, count, {"HAS_MOST": most is not None, **has}, **config)
         return
     limit, limit_share = (scores, 1) if most is None else _shared(most, count.shape)
     marks, marks_share = (scores, 1) if skip is None else _shared(skip.view(torch.uint8), count.shape)

@@ -177,7 +177,8 @@ def launch(
         _logits[(parts, batch * kv_heads)](
             q, k, end, flag, logits, top, mass, bins, *q.stride()[:2], *k.stride()[:3], end.stride(0),
             float(scaling), float(softcap or 1.0), width, slots, first, late, parts, kv_heads, room * outs,
-            SOFTCAP=softcap is not None, HAS_ZERO=zero is not None, STORE="evict_last" if held else "", **marks, **sizes,
+            SOFTCAP=softcap is not None, HAS_ZERO=zero is not None, STORE="evict_last" if held else "",
+            **marks, **sizes,
         )  # fmt: skip
     _reduce[(-(-slots // block), batch * outs)](
         logits, top, mass, end, flag, out, bins, end.stride(0), width, slots, first, late, parts, outs, room,

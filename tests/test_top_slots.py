@@ -7,7 +7,7 @@ import torch
 from interpreter import DEVICE, FORMS, INTERPRETED, mend_interpreter, needs_triton, run_interpreted
 
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors import pooled, top_slots, votes
+from attnpatch.executors import launching, pooled, top_slots, votes
 
 if INTERPRETED:
     mend_interpreter()
@@ -172,6 +172,15 @@ def test_choice_and_refusals():
         top_slots.run(scores, 3, skip=torch.ones((), dtype=torch.bool))
     with pytest.raises(InputError, match="without the bins it counted in; give `bins`"):
         top_slots.run(scores, 3, counted=True)
+
+
+def test_where_kernels_are_chained(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(launching, "capability", lambda device: 9 if device.type == "cuda" else 0)
+    for on in (False, True):
+        monkeypatch.setattr(launching, "CHAINED", on)
+        assert launching.chained(gpu) == ({"CHAINED": True, "launch_pdl": True} if on else {"CHAINED": False})
+        assert launching.chained(torch.device("cpu")) == {"CHAINED": False}
 
 
 @needs_triton

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.launching import rowwise, strides
+from attnpatch.executors._follow_triton import follow
+from attnpatch.executors.launching import chained, rowwise, strides
 from attnpatch.executors.likeness import Pairs
 
 
@@ -20,6 +21,7 @@ def _add(a, b, c, x, y, z):
 def _kernel(
     QUERY, KEPT, QPOS, SAME, OTHER, PARTNER, TALLY, SCORED, LIKE,
     query_batch, query_head, kept_batch, qpos_batch, same_batch, other_batch, tally_batch, threshold, least, read,
+    CHAINED: tl.constexpr,
     HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, MEAN: tl.constexpr,
     TURN: tl.constexpr, COUNT: tl.constexpr, READ: tl.constexpr, ABOVE: tl.constexpr,
 ):  # fmt: skip
@@ -27,6 +29,7 @@ def _kernel(
 
     All loads are under way before any is waited for: the kernel is as long as they take to come.
     """
+    follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     h, d = tl.arange(0, H)[:, None], tl.arange(0, WIDE)[None, :]
     inside = (h < HEADS) & (d < D)
@@ -88,7 +91,7 @@ def launch(
         query if scored is None else scored, like.view(torch.uint8),
         *query.stride()[:2], kept.stride(0), q_pos.stride(0), *spread, 0 if tally is None else tally.stride(0),
         float(threshold), least, read, HEADS=heads, H=high, D=dim, WIDE=wide, MEAN=mean, TURN=turn is not None,
-        COUNT=tally is not None, READ=scored is not None, ABOVE=above,
+        COUNT=tally is not None, READ=scored is not None, ABOVE=above, **chained(query.device),
         num_warps=4 if high * wide <= 1024 else 8 if high * wide <= 2048 else 16,
     )  # fmt: skip
     return like

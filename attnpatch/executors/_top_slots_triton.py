@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 
 from attnpatch.executors import _kth_triton
+from attnpatch.executors._follow_triton import follow
 from attnpatch.executors._kth_triton import bucket, bucket_from, digits
+from attnpatch.executors.launching import chained
 
 SHORT = 8192
 """Scores of a row up to which one program takes it whole."""
@@ -96,6 +98,7 @@ def _choose_few(
 @triton.jit(do_not_specialize=["n", "k"])
 def _short(
     SCORES, MOST, SKIP, INDEX, COUNT, ROOM, n, k,
+    CHAINED: tl.constexpr,
     N: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
     CAP: tl.constexpr, CAP_COLUMNS: tl.constexpr, HAS_MOST: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -103,6 +106,7 @@ def _short(
 
     CAP: the scores that may be chosen are first brought together in ROOM int64 [rows, CAP], where they are no more.
     """
+    follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + row) != 0:
@@ -175,6 +179,7 @@ def _state(HIST, STATE, MOST, COUNT, row, most_row, k, first, PASS: tl.constexpr
 @triton.jit(do_not_specialize=["n", "k", "skip_share", "most_share"])
 def _histogram(
     SCORES, MOST, SKIP, HIST, STATE, COUNT, CUTS, n, k, skip_share, most_share,
+    CHAINED: tl.constexpr,
     N: tl.constexpr, PASS: tl.constexpr, BINS: tl.constexpr, HAS_MOST: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of a cut that begin as the k-th highest does to HIST int32 [rows, 4, BINS], by their next digit.
@@ -182,6 +187,7 @@ def _histogram(
     STATE int32 [rows, 4, 2]: what `_state` found before each pass. *_share: rows for which one SKIP or MOST stands.
     CUTS int32 [rows, cuts, BINS + 1], of the last pass: keys of each cut at or above each digit, those beyond last.
     """
+    follow(CHAINED)
     cut, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + row // skip_share) != 0:
@@ -210,9 +216,10 @@ def _histogram(
 @triton.jit(do_not_specialize=["n", "k", "cuts", "skip_share"])
 def _gather(
     SCORES, SKIP, HIST, STATE, COUNT, CUTS, INDEX, n, k, cuts, skip_share,
-    N: tl.constexpr, BINS: tl.constexpr, CUT_COUNT: tl.constexpr, HAS_SKIP: tl.constexpr,
+    CHAINED: tl.constexpr, N: tl.constexpr, BINS: tl.constexpr, CUT_COUNT: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
     """The chosen slots of a cut, to their places in INDEX int32 [rows, k]; what is left of it names slot n."""
+    follow(CHAINED)
     cut, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + row // skip_share) != 0:
@@ -274,7 +281,7 @@ def launch(
     """
     n, rows = scores.shape[-1], count.numel()
     scores = scores.contiguous()
-    has = {"HAS_SKIP": skip is not None}
+    has = {"HAS_SKIP": skip is not None, **chained(scores.device)}
     if n <= SHORT:
         limit = scores if most is None else most.expand(count.shape).contiguous()
         marks = scores if skip is None else skip.expand(count.shape).contiguous().view(torch.uint8)

@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors._follow_triton import follow
 from attnpatch.executors._top_slots_triton import BINS as DIGITS
 from attnpatch.executors._top_slots_triton import count_first
-from attnpatch.executors.launching import processors, rowwise
+from attnpatch.executors.launching import chained, processors, rowwise
 
 PER_SM = 2
 """Programs a multiprocessor holds at once in the pass over the keys."""
@@ -34,7 +35,7 @@ def _logits(
     Q, K, END, SKIP, LOGITS, TOP, MASS, ZERO,
     q_batch, q_head, k_batch, k_head, k_step, end_batch,
     scale, cap, width, slots, first, late, parts, kv_heads, room,
-    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CHAINED: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_ZERO: tl.constexpr, STAGES: tl.constexpr,
     STORE: tl.constexpr,
 ):  # fmt: skip
@@ -42,6 +43,7 @@ def _logits(
 
     ZERO int32 [B, room] is set to 0.
     """
+    follow(CHAINED)
     part, batch, kv_head = tl.program_id(0), tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
     batch, kv_head = batch.to(tl.int64), kv_head.to(tl.int64)
     if HAS_SKIP:
@@ -87,6 +89,7 @@ def _logits(
 @triton.jit(do_not_specialize=["slots", "first", "parts", "late", "room"])
 def _reduce(
     LOGITS, TOP, MASS, END, SKIP, OUT, BINS, end_batch, width, slots, first, late, parts, outs, room,
+    CHAINED: tl.constexpr,
     HEADS: tl.constexpr, H: tl.constexpr, N: tl.constexpr, CUTS: tl.constexpr, KIND: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_MASS: tl.constexpr, HAS_ZERO: tl.constexpr, COUNT: tl.constexpr,
     DIGITS: tl.constexpr, ROOMY: tl.constexpr, LOAD: tl.constexpr,
@@ -97,6 +100,7 @@ def _reduce(
     Without HAS_MASS, TOP is the log-sum-exp of each part. BINS int32 [B * outs, room], those of `top_slots`, are set
     to 0, or the scores counted in their first DIGITS.
     """
+    follow(CHAINED)
     batch, out = tl.program_id(1) // outs, tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + batch) != 0:
@@ -155,7 +159,7 @@ def launch(
     """fp32 [B, outs, S], as `votes.run`. held: whether the L2 is told to keep the logits; config overrides `shapes`."""
     (batch, heads, _, dim), (kv_heads, slots) = q.shape, k.shape[1:3]
     out = torch.empty(batch, outs, slots, dtype=torch.float32, device=q.device)
-    marks = {"HAS_SKIP": skip is not None}
+    marks = {"HAS_SKIP": skip is not None, **chained(q.device)}
     flag = end if skip is None else skip.contiguous().view(torch.uint8)
     bins, room = (out, 0) if zero is None else (zero, zero.numel() // (batch * outs))
     per = heads // outs

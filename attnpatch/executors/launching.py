@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from attnpatch.executors.backends import capability
+
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Makes `device` the current one: Triton launches there, which need not be where a spread model's layer lies."""
@@ -23,6 +25,17 @@ def strides(x: torch.Tensor | None, dims: int) -> list[int]:
     if x is None:
         return [0] * dims
     return [0 if x.shape[i] == 1 else x.stride(i) for i in range(dims)]
+
+
+CHAINED = False
+"""Whether the kernels of a decode step follow one another by programmatic dependent launch, where the GPU has it."""
+
+
+def chained(device: torch.device) -> dict[str, bool]:
+    """What launches a kernel on `device` that begins by `_follow_triton.follow`."""
+    if not CHAINED or torch.compiler.is_compiling() or capability(device) < 9:
+        return {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": True}
 
 
 _processors: dict[torch.device, int] = {}

@@ -19,6 +19,8 @@ from attnpatch.executors.launching import chained
 
 SHORT = 8192
 """Scores of a row up to which one program takes it whole."""
+FEW: tl.constexpr = tl.constexpr(64)
+"""Scores of a cut that are still in question up to which they are counted one by one."""
 PASSES, BINS = 4, 256  # a histogram of more bins costs more than the pass it saves
 
 
@@ -195,18 +197,24 @@ def _histogram(
     HIST += row * 4 * BINS
     slot, b = cut * N + tl.arange(0, N), tl.arange(0, BINS)
     key, ok = _keys(SCORES + row * n, slot, slot < n)
-    beyond = 0
+    beyond, some = 0, N
     if PASS > 0:
         prefix, _ = _state(
             HIST, STATE + row * 8, MOST, COUNT, row, row // most_share, k, cut == 0, PASS, BINS, HAS_MOST
         )
         start = key >> (32 - 8 * PASS)
-        if PASS == 3:
-            beyond = tl.sum((ok & (start > prefix)).to(tl.int32), 0)
+        both = tl.where(start == prefix, 1, tl.where(start > prefix, N + 1, 0))  # beside and beyond it, in one sum
+        total = tl.sum(tl.where(ok, both, 0), 0)
+        beyond, some = total // (N + 1), total % (N + 1)
         ok = ok & (start == prefix)
+    HIST += PASS * BINS
     digit = ((key >> (24 - 8 * PASS)) & 255).to(tl.int32)
-    hist = tl.histogram(digit, BINS, mask=ok)
-    tl.atomic_add(HIST + PASS * BINS + b, hist, mask=hist > 0, sem="relaxed")
+    hist = tl.zeros([BINS], tl.int32)
+    if some > (FEW if PASS < 3 else 0):
+        hist = tl.histogram(digit, BINS, mask=ok)
+        tl.atomic_add(HIST + b, hist, mask=hist > 0, sem="relaxed")
+    elif PASS < 3:
+        tl.atomic_add(HIST + digit, tl.full([N], 1, tl.int32), mask=ok, sem="relaxed")
     if PASS == 3:
         CUTS += (row * tl.num_programs(0) + cut) * (BINS + 1)
         tl.store(CUTS + b, beyond + tl.cumsum(hist, 0, reverse=True))

@@ -183,6 +183,34 @@ def test_where_kernels_are_chained(monkeypatch):
         assert launching.chained(torch.device("cpu")) == {"CHAINED": False}
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+def test_chained_kernels_choose_the_same(monkeypatch):
+    """One after another without a pause, eagerly and as a graph, in memory that is used again and again."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(5, 2, 8, 1, 128, generator=g).to("cuda", torch.bfloat16)
+    k = torch.randn(2, 2, 9000, 128, generator=g).to("cuda", torch.bfloat16)
+    end = torch.tensor([9000, 7000], device="cuda")
+
+    def chosen():
+        found = []
+        for one in q:
+            bins = top_slots.bins((2, 1), 9000, one.device)
+            scores = votes.run(one, k, end=end, zero=bins, count=True)
+            found.append(top_slots.run(scores, 500, bins=bins, counted=True)[0])
+            found.append(top_slots.run(scores[..., :8192].contiguous(), 100)[0])
+        return torch.cat([x.flatten() for x in found])
+
+    wanted = chosen()
+    monkeypatch.setattr(launching, "CHAINED", True)
+    assert torch.equal(chosen(), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chosen()
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(found, wanted)
+
+
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests above run the fused form")
 def test_the_fused_form_in_tritons_interpreter():

@@ -139,14 +139,15 @@ def _reduce(
 
 def shapes(dim: int, size: int, rows: int) -> dict[str, int]:
     """Block sizes and launch settings of the pass over the keys; `size` bytes an element, `rows` query heads a key."""
+    tall = max(16, triton.next_power_of_2(rows))
     return {
         "D": dim,
         "WIDE": max(16, triton.next_power_of_2(dim)),
         "ROWS": rows,
-        "M": max(16, triton.next_power_of_2(rows)),
-        "N": 128 if dim * size <= 256 else 64 if dim * size <= 512 else 32,
+        "M": tall,
+        "N": max(16, (128 if dim * size <= 256 else 64 if dim * size <= 512 else 32) * 64 // max(64, tall)),
         "STAGES": 3,
-        "num_warps": 4,
+        "num_warps": 4 if tall <= 32 else 8,
     }
 
 

@@ -172,8 +172,6 @@ class TokenSelect(Patch):
         """
         import torch
 
-        from attnpatch.executors import top_slots
-
         row = torch.arange(start, end, device=q.device)
         held = (ctx.q_pos.amax(-1) + 1).clamp(max=end)  # [B] tokens of each row
         real = row < held[:, None]  # [B, c]
@@ -185,8 +183,7 @@ class TokenSelect(Patch):
             keys = self._raw(kv, ctx)
         near = real.sum(-1).clamp(min=self.n_local)  # [B]
         part = replace(kv, k=keys[:, :, :end])
-        votes = self.votes(mean, part, held - near + self.n_local - 1, shard=ctx.shard)
-        voted, count = top_slots.run(votes, self.top_k)
+        voted, count = self._elected(mean, part, held - near + self.n_local - 1, ctx.shard)
         return self._joined(voted, count, held, near, kv, self._near(end - start))
 
     def _raw(self, kv: KV, ctx: Ctx) -> Tensor:
@@ -216,7 +213,7 @@ class TokenSelect(Patch):
 
     def _chosen(self, q: Tensor, kv: KV, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """Slots int32 [B, top_k], ascending, and how many of them count [B]: new ones, or those of a like query."""
-        from attnpatch.executors import likeness, top_slots
+        from attnpatch.executors import likeness
 
         newest = ctx.q_pos[:, -1]  # [B]; -1 = no token in this step
         known = "tokens" in kv.rows and kv.plain["tokens_slots"] == kv.S - 1  # no token came without a step
@@ -240,9 +237,7 @@ class TokenSelect(Patch):
         part = kv
         if self.repositions:
             q, part = ctx.turn(q, self.n_local - newest[:, None]), replace(kv, k=self._raw(kv, ctx))
-        bins = top_slots.bins(newest.shape, kv.S, q.device) if self.selection == "soft_vote" else None
-        votes = self.votes(q, part, newest, like, ctx.shard, bins)
-        index, count = top_slots.run(votes, self.top_k, old=old, skip=like, bins=bins)
+        index, count = self._elected(q, part, newest, ctx.shard, old, like)
         kv.rows["tokens"], kv.rows["tokens_count"] = index, count
         return index, count
 
@@ -261,15 +256,29 @@ class TokenSelect(Patch):
         steps, hits = (there, torch.zeros_like(there)) if old is None else (old[:, 0] + there, old[:, 1])
         kv.rows["tokens_tally"] = torch.stack([steps, hits], -1)  # int64 [B, 2]
 
+    def _elected(
+        self, q: Tensor, kv: KV, newest: Tensor, shard: Shard, old: tuple[Tensor, Tensor] | None = None,
+        like: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The `top_k` slots of `votes` (q, kv, newest), and how many; rows `like` (bool [B]) keep `old`."""
+        from attnpatch.executors import top_slots
+
+        soft = self.selection == "soft_vote"
+        bins = top_slots.bins(newest.shape, kv.S, q.device) if soft else None
+        counted = bins is not None and self.pool_kernel == 1 and shard.size == 1  # nothing changes the votes afterwards
+        votes = self.votes(q, kv, newest, like, shard, bins, counted)
+        return top_slots.run(votes, self.top_k, old=old, skip=like, bins=bins, counted=counted)
+
     def votes(
         self, q: Tensor, kv: KV, newest: Tensor, skip: Tensor | None = None, shard: Shard | None = None,
-        zero: Tensor | None = None,
+        zero: Tensor | None = None, count: bool = False,
     ) -> Tensor:  # fmt: skip
         """fp32 [B, S]: votes for the tokens between the first and the last ones, -inf elsewhere.
 
         q: [B, Hq, 1, D]; newest: int [B], position of q; skip: bool [B], rows of which nothing is asked.
         shard: whose heads vote besides, those of other processes; None = nobody's.
-        zero: [B, ...] of a soft vote, set to 0 besides, but for rows that skip.
+        zero: `top_slots.bins` of a soft vote, set to 0 besides, but for rows that skip; count: and the votes are
+        counted in them.
         """
         import torch
         from torch.nn.functional import max_pool1d
@@ -281,7 +290,9 @@ class TokenSelect(Patch):
         if self.strict:  # the head that stands where the kernel pairs it with KV head h mod Hkv
             q = q.unflatten(1, (-1, kv.k.shape[1])).transpose(1, 2).flatten(1, 2)
         if self.selection == "soft_vote":
-            found = votes.run(q, kv.k, first=self.n_init, end=newest, late=late, skip=skip, zero=zero)[:, 0]
+            found = votes.run(
+                q, kv.k, first=self.n_init, end=newest, late=late, skip=skip, zero=zero, count=count
+            )[:, 0]  # fmt: skip
             found = found if shard is None else shard.sum(found)
             if self.pool_kernel == 1:
                 return found

@@ -7,7 +7,7 @@ import torch
 from interpreter import DEVICE, FORMS, INTERPRETED, mend_interpreter, needs_triton, run_interpreted
 
 from attnpatch.errors import ConfigError, InputError
-from attnpatch.executors import pooled, top_slots, votes
+from attnpatch.executors import launching, pooled, top_slots, votes
 
 if INTERPRETED:
     mend_interpreter()
@@ -52,6 +52,19 @@ KINDS = ["noise", "ties", "peaked", "holes", "extremes"]
 @pytest.mark.parametrize("k", [1, 7, 60, 77, 90])
 def test_short_rows(form, kind, k):
     check(form[0], drawn(kind, 2, 3, 77, device=form[1]), k)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "k"), [(2048, 128), (1100, 3), (5001, 100), (8192, 256), (4097, 300)])
+def test_few_of_many(form, kind, n, k):
+    """Where what may be chosen is brought together first, if it is little enough and no ties are told apart."""
+    scores = drawn(kind, 2, n, device=form[1])
+    check(form[0], scores, k)
+    scores = scores.sort(-1).values  # all of the best in a row
+    check(form[0], scores, k, torch.tensor([k // 2, 0], device=form[1]))
+    scores[0, k // 2 :] = float("-inf")
+    check(form[0], scores, k)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -118,6 +131,12 @@ def test_what_counts_may_be_zeroed_by_what_made_the_scores(form, monkeypatch):
     wanted = top_slots.run(scores, 100, _backend=form[0])
     found = top_slots.run(scores, 100, bins=bins, _backend=form[0])
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    votes.run(q, k, end=end, reduce="max", heads=2, zero=zero, count=True, _backend=form[0])
+    counts = torch.zeros_like(zero)
+    top_slots.count_first(scores, counts)
+    assert torch.equal(zero, counts)
+    found = top_slots.run(scores, 100, bins=bins, counted=bins is not None, _backend=form[0])
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     if bins is None:
         bins = torch.zeros(2, 2, 4, 256, dtype=torch.int32)
     bins.zero_()
@@ -153,6 +172,43 @@ def test_choice_and_refusals():
         top_slots.run(scores, 3, skip=torch.ones((), dtype=torch.bool))
     with pytest.raises(InputError, match="without the bins it counted in; give `bins`"):
         top_slots.run(scores, 3, counted=True)
+
+
+def test_where_kernels_are_chained(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(launching, "capability", lambda device: 9 if device.type == "cuda" else 0)
+    for on in (False, True):
+        monkeypatch.setattr(launching, "CHAINED", on)
+        assert launching.chained(gpu) == ({"CHAINED": True, "launch_pdl": True} if on else {"CHAINED": False})
+        assert launching.chained(torch.device("cpu")) == {"CHAINED": False}
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+def test_chained_kernels_choose_the_same(monkeypatch):
+    """One after another without a pause, eagerly and as a graph, in memory that is used again and again."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(5, 2, 8, 1, 128, generator=g).to("cuda", torch.bfloat16)
+    k = torch.randn(2, 2, 9000, 128, generator=g).to("cuda", torch.bfloat16)
+    end = torch.tensor([9000, 7000], device="cuda")
+
+    def chosen():
+        found = []
+        for one in q:
+            bins = top_slots.bins((2, 1), 9000, one.device)
+            scores = votes.run(one, k, end=end, zero=bins, count=True)
+            found.append(top_slots.run(scores, 500, bins=bins, counted=True)[0])
+            found.append(top_slots.run(scores[..., :8192].contiguous(), 100)[0])
+        return torch.cat([x.flatten() for x in found])
+
+    wanted = chosen()
+    monkeypatch.setattr(launching, "CHAINED", True)
+    assert torch.equal(chosen(), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chosen()
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(found, wanted)
 
 
 @needs_triton

@@ -83,6 +83,8 @@ def test_choice_and_refusals():
     for wrong in ({"heads": 3}, {"reduce": "median"}):
         with pytest.raises(InputError, match="give one query, a divisor of the heads, and one of sum, max, mean"):
             votes.run(q, k, end=end, **wrong)
+    with pytest.raises(InputError, match="counts its scores in `zero`; give it"):
+        votes.run(q, k, end=end, count=True)
 
 
 @needs_triton

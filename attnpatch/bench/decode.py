@@ -22,6 +22,7 @@ from attnpatch.bench.measure import Clock, environment, parser, per_layer, sweep
 from attnpatch.bench.prefill import structured
 from attnpatch.decisions import Selection
 from attnpatch.engine.call import KV, Ctx
+from attnpatch.engine.tally import Tally
 from attnpatch.executors import backends, dense, dispatch
 from attnpatch.executors.likeness import Pairs, partners
 from attnpatch.patch import Patch
@@ -60,7 +61,7 @@ class Layer:
 
     def fresh(self) -> Layer:
         """The same keys without what a method kept."""
-        return Layer(self.q, replace(self.kv, state={}, rows={}, plain={}), replace(self.ctx))
+        return Layer(self.q, replace(self.kv, state={}, rows={}, plain={}), replace(self.ctx, tally=Tally(), report={}))
 
 
 def turned_back(pos: int, dim: int, device: torch.device) -> torch.Tensor:

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.launching import power_of_2, processors, rowwise, strides
+from attnpatch.executors._follow_triton import follow
+from attnpatch.executors.launching import chained, power_of_2, processors, rowwise, strides
 
 PER_SM = 2
 """Programs a multiprocessor holds at once; no more are started than find a place."""
@@ -84,6 +85,7 @@ def _part(
     index_batch, index_head, count_batch, count_head, columns_batch, columns_head,
     scale, cap, slots, width, columns, sink, window, reach, splits, units, share,
     index_share, count_share, columns_share,
+    CHAINED: tl.constexpr,
     D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
     LISTS: tl.constexpr, COUNTS: tl.constexpr, COLS: tl.constexpr, AT: tl.constexpr, HOLES: tl.constexpr,
     SCAN: tl.constexpr, SOFTCAP: tl.constexpr, ALL: tl.constexpr, LEAVE: tl.constexpr,
@@ -95,6 +97,7 @@ def _part(
     HOLES: positions are read from POS. SCAN: then sink and window keys may be anywhere. reach: of the model's window.
     ALL: rows whose ONLY is 0 attend everything; LEAVE: their logits go to LOGITS fp32 [B * Hq, slots].
     """
+    follow(CHAINED)
     split, batch, unit = tl.program_id(0), tl.program_id(1) // units, tl.program_id(1) % units
     batch, unit = batch.to(tl.int64), unit.to(tl.int64)
     K += batch * k_batch + unit // share * k_head
@@ -171,9 +174,10 @@ def _part(
 @triton.jit(do_not_specialize=["splits"])
 def _merge(
     PART, PART_LSE, OUT, LSE, splits,
-    D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, WANT_LSE: tl.constexpr,
+    CHAINED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, WANT_LSE: tl.constexpr,
 ):  # fmt: skip
     """OUT [B * Hq, D] from PART fp32 [B * Hq, splits, D]; LSE fp32 [B * Hq], natural."""
+    follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     s, d = tl.arange(0, SPLITS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     logsum = tl.load(PART_LSE + row * splits + s, mask=s < splits, other=float("-inf"))
@@ -254,7 +258,7 @@ def launch(
         LISTS=index is not None, COUNTS=count is not None, COLS=columns is not None, AT=ctx.q_pos is not None,
         HOLES=read, SCAN=scan, SOFTCAP=ctx.softcap is not None, ALL=only is not None, LEAVE=logits is not part,
         # registers leave room for two programs anyhow where rows may attend everything
-        STAGES=2 if only is None else 3, **sizes,
+        STAGES=2 if only is None else 3, **chained(q.device), **sizes,
     )  # fmt: skip
     out = torch.empty(batch, 1, heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, 1, dtype=torch.float32, device=q.device) if want_lse else None
@@ -262,5 +266,6 @@ def launch(
     _merge[(batch * heads, -(-dim // slice_))](
         part, part_lse, out, part_lse if lse is None else lse, splits,
         D=dim, WIDTH=slice_, SPLITS=power_of_2(splits), WANT_LSE=want_lse, num_warps=4,
+        **chained(q.device),
     )  # fmt: skip
     return out, lse

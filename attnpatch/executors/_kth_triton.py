@@ -51,35 +51,21 @@ def _tally(digit, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _start(far, base, left, GROUPS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
-    """(base, left): where the search of `wanted` to GROUPS may begin, and how many digits it has to look at.
-
-    Each of GROUPS has a least, so that many are no further than the furthest of these.
-    """
-    least = tl.min(tl.reshape(far, [N // GROUPS, GROUPS]), axis=0)
-    first, bound = tl.min(least, axis=0), tl.max(least, axis=0)
+def digits(first, bound, BITS: tl.constexpr):
+    """How many digits a search has to look at that begins at `first` for what is no further than `bound` (uint32)."""
     # the last digit also holds what is beyond: the bound has a lower one, or the digits hold all there is
     space = tl.maximum((bound - first).to(tl.float32) * (1.0 + 2.0 / (1 << BITS)), 1.0)
-    bits = (space.to(tl.int32, bitcast=True) >> 23) - 126
-    fewer = (bits + BITS - 1) // BITS
-    return tl.where(fewer < left, first, base), tl.minimum(fewer, left)
+    return ((space.to(tl.int32, bitcast=True) >> 23) - 126 + BITS - 1) // BITS
 
 
 @triton.jit
-def bucket(far, wanted, count, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr = 0):
-    """(base, span, above, equal): where the `wanted` least of far uint32 [N], N a power of two, end.
-
-    `above` of them are below base, and the `equal` at base .. base + span are all alike or all wanted; with wanted <= 0
-    nothing is below base. count (int32) of far are meant, the others have to be the highest uint32. BITS: 3 or 4.
-    GROUPS, a divisor of N: with no more wanted, their least numbers tell where the search begins; 0: at no number.
-    """
-    base, span = tl.full([], 0, tl.uint32), tl.full([], 0xFFFFFFFF, tl.uint32)
+def bucket_from(
+    far, wanted, count, base, left, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, SPARE: tl.constexpr = 0
+):  # fmt: skip
+    """`bucket` by `left` digits from base, below which nothing is; SPARE: as soon as no more than so many too many."""
+    span = tl.full([], 0xFFFFFFFF, tl.uint32)
     above, equal = tl.full([], 0, tl.int32), tl.zeros([], tl.int32) + count
-    left = tl.full([], (32 + BITS - 1) // BITS, tl.int32)  # digits to look at
-    if GROUPS > 0:
-        if wanted <= GROUPS:
-            base, left = _start(far, base, left, GROUPS, N, BITS)
-    while (left > 0) & (above < wanted) & (above + equal > wanted):
+    while (left > 0) & (above < wanted) & (above + equal > wanted + SPARE):
         left -= 1
         shift = (left * BITS).to(tl.uint32)
         need = wanted - above
@@ -96,3 +82,22 @@ def bucket(far, wanted, count, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.
         span = (tl.full([], 1, tl.uint32) << shift) - 1
         above, equal = above + over, upto - over
     return base, span, above, equal
+
+
+@triton.jit
+def bucket(far, wanted, count, COLUMNS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr = 0):
+    """(base, span, above, equal): where the `wanted` least of far uint32 [N], N a power of two, end.
+
+    `above` of them are below base, and the `equal` at base .. base + span are all alike or all wanted; with wanted <= 0
+    nothing is below base. count (int32) of far are meant, the others have to be the highest uint32. BITS: 3 or 4.
+    GROUPS, a divisor of N: with no more wanted, their least numbers tell where the search begins; 0: at no number.
+    """
+    base = tl.full([], 0, tl.uint32)
+    left = tl.full([], (32 + BITS - 1) // BITS, tl.int32)  # digits to look at
+    if GROUPS > 0:
+        if wanted <= GROUPS:  # that many are no further than the furthest of the groups' least
+            least = tl.min(tl.reshape(far, [N // GROUPS, GROUPS]), axis=0)
+            first = tl.min(least, axis=0)
+            fewer = digits(first, tl.max(least, axis=0), BITS)
+            base, left = tl.where(fewer < left, first, base), tl.minimum(fewer, left)
+    return bucket_from(far, wanted, count, base, left, COLUMNS, N, BITS)

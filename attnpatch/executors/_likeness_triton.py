@@ -6,41 +6,61 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.launching import rowwise, strides
+from attnpatch.executors._follow_triton import follow
+from attnpatch.executors.launching import chained, rowwise, strides
 from attnpatch.executors.likeness import Pairs
+
+
+@triton.jit
+def _add(a, b, c, x, y, z):
+    """Sums of three at once."""
+    return a + x, b + y, c + z
 
 
 @triton.jit(do_not_specialize=["read", "least"])
 def _kernel(
     QUERY, KEPT, QPOS, SAME, OTHER, PARTNER, TALLY, SCORED, LIKE,
     query_batch, query_head, kept_batch, qpos_batch, same_batch, other_batch, tally_batch, threshold, least, read,
+    CHAINED: tl.constexpr,
     HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, MEAN: tl.constexpr,
     TURN: tl.constexpr, COUNT: tl.constexpr, READ: tl.constexpr, ABOVE: tl.constexpr,
 ):  # fmt: skip
-    """LIKE uint8 [B]; a query is [HEADS, D], what is kept of it fp32 [HEADS * D], or [D] of the mean."""
+    """LIKE uint8 [B]; a query is [HEADS, D], what is kept of it fp32 [HEADS * D], or [D] of the mean.
+
+    All loads are under way before any is waited for: the kernel is as long as they take to come.
+    """
+    follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     h, d = tl.arange(0, H)[:, None], tl.arange(0, WIDE)[None, :]
     inside = (h < HEADS) & (d < D)
     QUERY += row * query_batch + h * query_head
-    new = tl.load(QUERY + d, mask=inside, other=0.0).to(tl.float32)  # [H, WIDE]
-    if MEAN:
-        new = tl.sum(new, 0, keep_dims=True) / HEADS
-    if TURN:
-        partner = tl.load(PARTNER + d, mask=d < D, other=0)
-        other = tl.load(QUERY + partner, mask=inside, other=0.0).to(tl.float32)
-        if MEAN:
-            other = tl.sum(other, 0, keep_dims=True) / HEADS
-        new = new * tl.load(SAME + row * same_batch + d, mask=d < D, other=0.0)
-        new += other * tl.load(OTHER + row * other_batch + d, mask=d < D, other=0.0)
+    KEPT += row * kept_batch
+    TALLY += row * tally_batch
     if MEAN:
         at, held = d, d < D
     else:
         at, held = h * D + d, inside
-    KEPT += row * kept_batch
-    old = tl.load(KEPT + at, mask=held, other=0.0)
+    if TURN:
+        partner = tl.load(PARTNER + d, mask=d < D, other=0)
     pos = tl.load(QPOS + row * qpos_batch)
-    norms = tl.sqrt(tl.sum(tl.sum(new * new, 1), 0)) * tl.sqrt(tl.sum(tl.sum(old * old, 1), 0))
-    cosine = tl.sum(tl.sum(new * old, 1), 0) / tl.maximum(norms, 1e-16)
+    if TURN:
+        same = tl.load(SAME + row * same_batch + d, mask=d < D, other=0.0)
+        turned = tl.load(OTHER + row * other_batch + d, mask=d < D, other=0.0)
+    if COUNT:
+        steps, hits = tl.load(TALLY), tl.load(TALLY + 1)
+    if READ:
+        scored = tl.load(SCORED + row)
+    given = tl.load(QUERY + d, mask=inside, other=0.0)  # [H, WIDE]
+    old = tl.load(KEPT + at, mask=held, other=0.0)
+    new = given.to(tl.float32)
+    if MEAN:
+        new = tl.sum(new, 0, keep_dims=True) / HEADS
+    if TURN:
+        new = new * same + tl.gather(new, tl.broadcast_to(partner, new.shape), 1) * turned
+    line: tl.constexpr = new.numel
+    new_line, old_line = tl.reshape(new, [line], can_reorder=True), tl.reshape(old, [line], can_reorder=True)
+    own, kept, both = tl.reduce((new_line * new_line, old_line * old_line, new_line * old_line), 0, _add)
+    cosine = both / tl.maximum(tl.sqrt(own) * tl.sqrt(kept), 1e-16)
     like = cosine >= threshold
     if ABOVE:
         like = cosine > threshold
@@ -49,11 +69,10 @@ def _kernel(
     tl.store(KEPT + at, tl.where(short, float("nan"), new), mask=held & ((like == 0) | short))
     tl.store(LIKE + row, like.to(tl.uint8))
     if COUNT:
-        TALLY += row * tally_batch
-        tl.store(TALLY, tl.load(TALLY) + (pos >= 0).to(tl.int64))
-        tl.store(TALLY + 1, tl.load(TALLY + 1) + (like & (pos >= 0)).to(tl.int64))
+        tl.store(TALLY, steps + (pos >= 0).to(tl.int64))
+        tl.store(TALLY + 1, hits + (like & (pos >= 0)).to(tl.int64))
     if READ:
-        tl.store(SCORED + row, tl.load(SCORED + row) + tl.where(like, 0, read).to(tl.int64))
+        tl.store(SCORED + row, scored + tl.where(like, 0, read).to(tl.int64))
 
 
 def launch(
@@ -72,7 +91,7 @@ def launch(
         query if scored is None else scored, like.view(torch.uint8),
         *query.stride()[:2], kept.stride(0), q_pos.stride(0), *spread, 0 if tally is None else tally.stride(0),
         float(threshold), least, read, HEADS=heads, H=high, D=dim, WIDE=wide, MEAN=mean, TURN=turn is not None,
-        COUNT=tally is not None, READ=scored is not None, ABOVE=above,
-        num_warps=4 if high * wide <= 1024 else 8 if high * wide <= 8192 else 16,
+        COUNT=tally is not None, READ=scored is not None, ABOVE=above, **chained(query.device),
+        num_warps=4 if high * wide <= 1024 else 8 if high * wide <= 2048 else 16,
     )  # fmt: skip
     return like

@@ -6,16 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.launching import rowwise
+from attnpatch.executors._follow_triton import follow
+from attnpatch.executors.launching import chained, rowwise
 
 
 @triton.jit(do_not_specialize=["pages"])
 def _scores(
     Q, BOUNDS, END, LAST, OUT, q_batch, q_head, bounds_batch, bounds_head, bounds_page, end_batch, last_batch,
-    pages, heads, SIZE: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
+    pages, heads,
+    CHAINED: tl.constexpr,
+    SIZE: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, HAS_END: tl.constexpr, HAS_LAST: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """OUT fp32 [B, heads * GROUP, pages], or [B, heads, pages] where LARGEST."""
+    follow(CHAINED)
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     batch, head = batch.to(tl.int64), head.to(tl.int64)
     m, n, d = tl.arange(0, M), tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, WIDE)
@@ -49,9 +53,10 @@ def _scores(
 @triton.jit
 def _add(
     BOUNDS, K, SLOT, bounds_batch, bounds_head, bounds_page, k_batch, k_head, k_slot, slot_batch, heads,
-    SIZE: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    CHAINED: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program a row and KV head."""
+    follow(CHAINED)
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     batch, head = batch.to(tl.int64), head.to(tl.int64)
     slot = tl.load(SLOT + batch * slot_batch).to(tl.int64)
@@ -77,7 +82,7 @@ def scores(
         0 if end is None else end.stride(0), 0 if last is None else last.stride(0), pages, kv_heads,
         SIZE=page, D=dim, WIDE=max(16, triton.next_power_of_2(dim)), GROUP=group,
         M=max(16, triton.next_power_of_2(group)), N=block, HAS_END=end is not None, HAS_LAST=last is not None,
-        LARGEST=largest, num_warps=4,
+        LARGEST=largest, num_warps=4, **chained(q.device),
     )  # fmt: skip
     return out
 
@@ -88,4 +93,5 @@ def add(bounds: torch.Tensor, k: torch.Tensor, page: int, slot: torch.Tensor) ->
     _add[(batch * heads,)](
         bounds, k, slot, *bounds.stride()[:3], *k.stride()[:3], slot.stride(0), heads,
         SIZE=page, D=dim, WIDE=max(16, triton.next_power_of_2(dim)), num_warps=4 if dim > 64 else 1,
+        **chained(k.device),
     )  # fmt: skip

@@ -6,17 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
+from attnpatch.executors._follow_triton import follow
 from attnpatch.executors._top_slots_triton import BINS, PASSES, count_first
+from attnpatch.executors.launching import chained
 
 CUT = 1024
 """Scores of a program."""
 
 
 @triton.jit(do_not_specialize=["slots", "half"])
-def _pool(SCORES, NEWEST, SKIP, OUT, HIST, newest_batch, heads, slots, half, N: tl.constexpr, OWN: tl.constexpr,
+def _pool(SCORES, NEWEST, SKIP, OUT, HIST, newest_batch, heads, slots, half,
+          CHAINED: tl.constexpr, N: tl.constexpr, OWN: tl.constexpr,
           HAS_SKIP: tl.constexpr, COUNT: tl.constexpr, PASSES: tl.constexpr,
           BINS: tl.constexpr):  # fmt: skip
     """OUT fp32 [B * heads, slots]; HIST int32 [B * heads, PASSES, BINS] of `top_slots`."""
+    follow(CHAINED)
     row = tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + row // heads) != 0:
@@ -54,5 +58,6 @@ def launch(
         scores, newest, scores if skip is None else skip.view(torch.uint8), out, out if bins is None else bins,
         newest.stride(0), heads, slots, width // 2, N=CUT, OWN=own,
         HAS_SKIP=skip is not None, COUNT=bins is not None, PASSES=PASSES, BINS=BINS, num_warps=4,
+        **chained(scores.device),
     )  # fmt: skip
     return out

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from attnpatch.executors.launching import power_of_2
+from attnpatch.executors._follow_triton import follow
+from attnpatch.executors.launching import chained, power_of_2
 from attnpatch.executors.weakest import BLOCK
 
 
@@ -19,8 +20,9 @@ def _key(slot, score):
 
 
 @triton.jit(do_not_specialize=["width"])
-def _kernel(SLOTS, SCORE, NEW, new_batch, width, heads, N: tl.constexpr):
+def _kernel(SLOTS, SCORE, NEW, new_batch, width, heads, CHAINED: tl.constexpr, N: tl.constexpr):
     """SLOTS int32, SCORE fp32 [B * heads, width]; NEW int [B]."""
+    follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     new = tl.load(NEW + row // heads * new_batch).to(tl.int32)
     SLOTS += row * width
@@ -40,8 +42,12 @@ def _kernel(SLOTS, SCORE, NEW, new_batch, width, heads, N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["width", "blocks"])
-def _in_block(SLOTS, SCORE, LEAST, NEW, new_batch, width, heads, blocks, N: tl.constexpr, BLOCKS: tl.constexpr):
+def _in_block(
+    SLOTS, SCORE, LEAST, NEW, new_batch, width, heads, blocks,
+    CHAINED: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """As `_kernel`, from LEAST int64 [B * heads, blocks], the lowest keys of N entries each."""
+    follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     new = tl.load(NEW + row // heads * new_batch).to(tl.int32)
     SLOTS += row * width
@@ -65,9 +71,10 @@ def _in_block(SLOTS, SCORE, LEAST, NEW, new_batch, width, heads, blocks, N: tl.c
 @triton.jit(do_not_specialize=["width", "blocks", "n"])
 def _fill(
     SLOTS, SCORE, SCORES, SIZE, SKIP, LEAST, size_batch, width, heads, blocks, n,
-    N: tl.constexpr, SIZES: tl.constexpr, SKIPS: tl.constexpr, LEASTS: tl.constexpr,
+    CHAINED: tl.constexpr, N: tl.constexpr, SIZES: tl.constexpr, SKIPS: tl.constexpr, LEASTS: tl.constexpr,
 ):  # fmt: skip
     """A block of SLOTS and SCORE [B * heads, width] from SCORES fp32 [B * heads, n]; its lowest key to LEAST."""
+    follow(CHAINED)
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch = row // heads
     if SKIPS:
@@ -94,12 +101,12 @@ def launch(slots: torch.Tensor, score: torch.Tensor, new: torch.Tensor, least: t
         blocks = least.shape[2]
         _in_block[(batch * heads,)](
             slots, score, least, new, new.stride(0), width, heads, blocks, N=BLOCK,
-            BLOCKS=max(16, power_of_2(blocks)), num_warps=4,
+            BLOCKS=max(16, power_of_2(blocks)), num_warps=4, **chained(slots.device),
         )  # fmt: skip
         return
     _kernel[(batch * heads,)](
         slots, score, new, new.stride(0), width, heads,
-        N=max(16, min(4096, power_of_2(width))), num_warps=8,
+        N=max(16, min(4096, power_of_2(width))), num_warps=8, **chained(slots.device),
     )  # fmt: skip
 
 
@@ -114,5 +121,5 @@ def fill(
         slots, score, scores, slots if size is None else size, slots if skip is None else skip.view(torch.uint8),
         slots if least is None else least, 0 if size is None else size.stride(0), width, heads, blocks,
         scores.shape[-1], N=BLOCK, SIZES=size is not None, SKIPS=skip is not None, LEASTS=least is not None,
-        num_warps=4,
+        num_warps=4, **chained(slots.device),
     )  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from attnpatch.executors.backends import capability
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _HERE = nullcontext()
@@ -51,6 +53,17 @@ def strides(x: torch.Tensor | None, dims: int) -> list[int]:
     if x is None:
         return [0] * dims
     return [0 if n == 1 else step for n, step in zip(x.shape[:dims], x.stride(), strict=False)]
+
+
+CHAINED = False
+"""Whether the kernels of a decode step follow one another by programmatic dependent launch, where the GPU has it."""
+
+
+def chained(device: torch.device) -> dict[str, bool]:
+    """What launches a kernel on `device` that begins by `_follow_triton.follow`."""
+    if not CHAINED or torch.compiler.is_compiling() or capability(device) < 9:
+        return {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": True}
 
 
 _processors: dict[torch.device, int] = {}

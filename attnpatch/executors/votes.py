@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnpatch.errors import ConfigError, InputError
+from attnpatch.executors import top_slots
 from attnpatch.executors.backends import HALF, capability, no_triton, too_old
 from attnpatch.executors.column_sums import matmul, operand
 from attnpatch.executors.launching import on, without_grad
@@ -41,7 +42,8 @@ def _run_torch(
 def run(
     q: torch.Tensor, k: torch.Tensor, *, end: torch.Tensor, first: int = 0, late: int = 0, scaling: float = 1.0,
     softcap: float | None = None, reduce: str = "sum", heads: int = 1, skip: torch.Tensor | None = None,
-    known: dict[str, torch.Tensor] | None = None, zero: torch.Tensor | None = None, _backend: str | None = None,
+    known: dict[str, torch.Tensor] | None = None, zero: torch.Tensor | None = None, count: bool = False,
+    _backend: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Softmax of scaling * q . k over slots first .. end[b] - late - 1 of a row, reduced over heads; -inf elsewhere.
 
@@ -49,21 +51,27 @@ def run(
     Returns fp32 [B, heads, S], of which each is the sum, max or mean over Hq / heads neighbouring query heads.
     skip: bool [B], rows whose keys need not be read: what is returned of them is undefined. known: what attention over
     the same slots by the same queries left of the other rows (`Selection.leave`), which saves reading keys.
-    zero: int32 [B, heads, ...], set to 0 besides, but for rows that skip (`top_slots.bins`).
+    zero: int32 [B, heads, ...], set to 0 besides, but for rows that skip (`top_slots.bins`). count: and what is
+    returned is counted in them (`top_slots.count_first`).
     """
     if q.shape[2] != 1 or q.shape[1] % heads or reduce not in REDUCE:
         raise InputError(
             f"votes of {q.shape[2]} queries of {q.shape[1]} heads, reduced to {heads} by {reduce!r}; give one query, "
             f"a divisor of the heads, and one of {', '.join(REDUCE)}."
         )
+    if count and zero is None:
+        raise InputError("votes counts its scores in `zero`; give it.")
     name = _backend or choose(q, k)[0]
     if name == "torch":
+        found = _run_torch(q, k, first, end, late, scaling, softcap, reduce, heads)
         if zero is not None:
             zero.zero_()
-        return _run_torch(q, k, first, end, late, scaling, softcap, reduce, heads)
+            if count:
+                top_slots.count_first(found, zero.view(*found.shape[:2], *zero.shape[-2:]))
+        return found
     if name != "triton":
         raise ConfigError(f"{name!r} is not a backend of votes; allowed: triton, torch.")
     from attnpatch.executors._votes_triton import launch
 
     with on(q.device):
-        return launch(q, k, first, end, late, scaling, softcap, reduce, heads, skip, known, zero)
+        return launch(q, k, first, end, late, scaling, softcap, reduce, heads, skip, known, zero, count)

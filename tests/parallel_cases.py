@@ -117,11 +117,11 @@ def main(path: str) -> None:
         found, here = run(split, case)
         same = here == own(kept, rank, size)
         off, moved = ((found - x).abs().max().item() for x in (expected, dense))
-        print(f"{case} rank={rank} same={same} off={off:.1e} acts={moved > 1e-2}", flush=True)
+        print(f"{case} rank={rank} same={same} off={off:.1e} acts={moved > 1e-2}\n", end="", flush=True)  # one write
     try:
         attnpatch.patch_model(split, "infiniretri")
     except attnpatch.errors.UnsupportedModeError as error:
-        print(f"refused rank={rank} {error}", flush=True)
+        print(f"refused rank={rank} {error}\n", end="", flush=True)
     torch.distributed.destroy_process_group()
 
 

@@ -364,6 +364,7 @@ def test_triton_with_the_tile_of_large_devices():
 )
 def test_the_choice_on_cuda(major, dim, dtype, why, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(backends, "_found", {})
     monkeypatch.setattr(backends, "has_triton", lambda: True)
     q = SimpleNamespace(shape=(1, 4, 64, dim), dtype=dtype, device=torch.device("cuda", 0))
     name, reason = antidiagonal.choose(q, q)

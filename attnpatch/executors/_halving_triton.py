@@ -10,7 +10,7 @@ import triton.language as tl
 
 from attnpatch.executors import _kth_triton
 from attnpatch.executors._kth_triton import bucket
-from attnpatch.executors.launching import processors, rowwise
+from attnpatch.executors.launching import power_of_2, processors, rowwise
 
 BUFFER = 65536
 """Channels of keys that the buffers in shared memory hold: 128 KB."""
@@ -169,9 +169,9 @@ def shapes(samples: int, dim: int, groups: int, per: int = 1, *, few: bool = Fal
     per: sampled keys of a block, each of which has a buffer. few: the programs do not fill the device, so each has many
     keys on their way at once.
     """
-    children, tall = triton.next_power_of_2(2 * groups), max(16, triton.next_power_of_2(samples))
-    wide, large = max(16, triton.next_power_of_2(dim)), few and tall <= 32
-    keys = BUFFER // wide // triton.next_power_of_2(per)  # as fit
+    children, tall = power_of_2(2 * groups), max(16, power_of_2(samples))
+    wide, large = max(16, power_of_2(dim)), few and tall <= 32
+    keys = BUFFER // wide // power_of_2(per)  # as fit
     staged = keys >= 16
     keys = min(keys if staged else 64, children, 256 if large else 64 if dim <= 128 else 32)
     sizes = {

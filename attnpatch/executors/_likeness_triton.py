@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from attnpatch.executors._follow_triton import follow
-from attnpatch.executors.launching import chained, rowwise, strides
+from attnpatch.executors.launching import chained, power_of_2, rowwise, strides
 from attnpatch.executors.likeness import Pairs
 
 
@@ -27,7 +27,7 @@ def _kernel(
 ):  # fmt: skip
     """LIKE uint8 [B]; a query is [HEADS, D], what is kept of it fp32 [HEADS * D], or [D] of the mean.
 
-    All loads are under way before any is waited for: the kernel is as long as they take to come.
+    Loads are under way before any is waited for: the kernel is as long as they take to come.
     """
     follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
@@ -53,10 +53,10 @@ def _kernel(
     given = tl.load(QUERY + d, mask=inside, other=0.0)  # [H, WIDE]
     old = tl.load(KEPT + at, mask=held, other=0.0)
     new = given.to(tl.float32)
+    if TURN:  # read again: tl.gather gave wrong numbers on an H200 in 16 bits (triton 3.6)
+        new = new * same + tl.load(QUERY + partner, mask=inside, other=0.0).to(tl.float32) * turned
     if MEAN:
         new = tl.sum(new, 0, keep_dims=True) / HEADS
-    if TURN:
-        new = new * same + tl.gather(new, tl.broadcast_to(partner, new.shape), 1) * turned
     line: tl.constexpr = new.numel
     new_line, old_line = tl.reshape(new, [line], can_reorder=True), tl.reshape(old, [line], can_reorder=True)
     own, kept, both = tl.reduce((new_line * new_line, old_line * old_line, new_line * old_line), 0, _add)
@@ -83,7 +83,7 @@ def launch(
     like = torch.empty(query.shape[0], dtype=torch.bool, device=query.device)
     query = rowwise(query if query.ndim == 3 else query[:, None])
     _, heads, dim = query.shape
-    high, wide = triton.next_power_of_2(heads), max(16, triton.next_power_of_2(dim))
+    high, wide = power_of_2(heads), max(16, power_of_2(dim))
     same, other, partner = (query,) * 3 if turn is None else (rowwise(turn.same), rowwise(turn.other), turn.partner)
     spread = (0, 0) if turn is None else (*strides(same, 1), *strides(other, 1))
     _kernel[(query.shape[0],)](

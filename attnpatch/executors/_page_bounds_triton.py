@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from attnpatch.executors._follow_triton import follow
-from attnpatch.executors.launching import chained, rowwise
+from attnpatch.executors.launching import chained, power_of_2, rowwise
 
 
 @triton.jit(do_not_specialize=["pages"])
@@ -80,8 +80,8 @@ def scores(
     _scores[(triton.cdiv(pages, block), batch * kv_heads)](
         q, bounds, q if end is None else end, q if last is None else last, out, *q.stride()[:2], *bounds.stride()[:3],
         0 if end is None else end.stride(0), 0 if last is None else last.stride(0), pages, kv_heads,
-        SIZE=page, D=dim, WIDE=max(16, triton.next_power_of_2(dim)), GROUP=group,
-        M=max(16, triton.next_power_of_2(group)), N=block, HAS_END=end is not None, HAS_LAST=last is not None,
+        SIZE=page, D=dim, WIDE=max(16, power_of_2(dim)), GROUP=group,
+        M=max(16, power_of_2(group)), N=block, HAS_END=end is not None, HAS_LAST=last is not None,
         LARGEST=largest, num_warps=4, **chained(q.device),
     )  # fmt: skip
     return out
@@ -92,6 +92,6 @@ def add(bounds: torch.Tensor, k: torch.Tensor, page: int, slot: torch.Tensor) ->
     (batch, heads, _, dim), k = k.shape, rowwise(k)
     _add[(batch * heads,)](
         bounds, k, slot, *bounds.stride()[:3], *k.stride()[:3], slot.stride(0), heads,
-        SIZE=page, D=dim, WIDE=max(16, triton.next_power_of_2(dim)), num_warps=4 if dim > 64 else 1,
+        SIZE=page, D=dim, WIDE=max(16, power_of_2(dim)), num_warps=4 if dim > 64 else 1,
         **chained(k.device),
     )  # fmt: skip

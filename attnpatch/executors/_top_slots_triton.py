@@ -15,7 +15,7 @@ import triton.language as tl
 from attnpatch.executors import _kth_triton
 from attnpatch.executors._follow_triton import follow
 from attnpatch.executors._kth_triton import bucket, bucket_from, digits
-from attnpatch.executors.launching import chained
+from attnpatch.executors.launching import chained, power_of_2
 
 SHORT = 8192
 """Scores of a row up to which one program takes it whole."""
@@ -267,7 +267,7 @@ def _few(
 ) -> None:  # fmt: skip
     """`launch` for rows of which one program takes each."""
     n, rows = scores.shape[-1], count.numel()
-    size, wide = max(16, triton.next_power_of_2(n)), max(16, triton.next_power_of_2(k))
+    size, wide = max(16, power_of_2(n)), max(16, power_of_2(k))
     warps = config.setdefault("num_warps", 4 if size <= 2048 else 8)
     groups = config.setdefault("GROUPS", _kth_triton.thread_groups(size, warps))
     cap = config.setdefault("CAP", 2 * groups)
@@ -297,7 +297,7 @@ def launch(
         return
     limit, limit_share = (scores, 1) if most is None else _shared(most, count.shape)
     marks, marks_share = (scores, 1) if skip is None else _shared(skip.view(torch.uint8), count.shape)
-    size = max(1024, triton.next_power_of_2(n) // 512)
+    size = max(1024, power_of_2(n) // 512)
     cuts = -(-n // size)
     hist = torch.zeros(rows, PASSES, BINS, dtype=torch.int32, device=scores.device) if bins is None else bins
     rest = torch.empty(rows * (2 * PASSES + cuts * (BINS + 1)), dtype=torch.int32, device=scores.device)
@@ -310,5 +310,5 @@ def launch(
         )  # fmt: skip
     _gather[(cuts, rows)](
         scores, marks, hist, state, count, parts, index, n, k, cuts, marks_share,
-        CUT_COUNT=max(16, triton.next_power_of_2(cuts)), **common,
+        CUT_COUNT=max(16, power_of_2(cuts)), **common,
     )  # fmt: skip

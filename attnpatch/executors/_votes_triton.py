@@ -12,7 +12,7 @@ import triton.language as tl
 from attnpatch.executors._follow_triton import follow
 from attnpatch.executors._top_slots_triton import BINS as DIGITS
 from attnpatch.executors._top_slots_triton import count_first
-from attnpatch.executors.launching import chained, processors, rowwise
+from attnpatch.executors.launching import chained, power_of_2, processors, rowwise
 
 PER_SM = 2
 """Programs a multiprocessor holds at once in the pass over the keys."""
@@ -139,10 +139,10 @@ def _reduce(
 
 def shapes(dim: int, size: int, rows: int) -> dict[str, int]:
     """Block sizes and launch settings of the pass over the keys; `size` bytes an element, `rows` query heads a key."""
-    tall = max(16, triton.next_power_of_2(rows))
+    tall = max(16, power_of_2(rows))
     return {
         "D": dim,
-        "WIDE": max(16, triton.next_power_of_2(dim)),
+        "WIDE": max(16, power_of_2(dim)),
         "ROWS": rows,
         "M": tall,
         "N": max(16, (128 if dim * size <= 256 else 64 if dim * size <= 512 else 32) * 64 // max(64, tall)),
@@ -164,7 +164,7 @@ def launch(
     flag = end if skip is None else skip.contiguous().view(torch.uint8)
     bins, room = (out, 0) if zero is None else (zero, zero.numel() // (batch * outs))
     per = heads // outs
-    tall = triton.next_power_of_2(per)
+    tall = power_of_2(per)
     block = max(64, min(1024, 16384 // tall))
     if known:
         if count:
@@ -187,7 +187,7 @@ def launch(
         )  # fmt: skip
     _reduce[(-(-slots // block), batch * outs)](
         logits, top, mass, end, flag, out, bins, end.stride(0), width, slots, first, late, parts, outs, room,
-        HEADS=per, H=tall, N=block, CUTS=triton.next_power_of_2(parts), KIND=reduce, HAS_MASS=not known,
+        HEADS=per, H=tall, N=block, CUTS=power_of_2(parts), KIND=reduce, HAS_MASS=not known,
         HAS_ZERO=bool(known) and zero is not None and not count, COUNT=count, DIGITS=DIGITS, ROOMY=not known,
         LOAD="evict_first" if held else "", **marks, num_warps=8 if tall * block > 8192 else 4,
     )  # fmt: skip

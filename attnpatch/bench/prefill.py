@@ -2,8 +2,9 @@
 
 One layer's attention of a whole prompt on a structured input (see `structured`): choosing alone, choosing and
 computing, and each dense backend that is usable, in turn in one run. On a GPU B=1, Hq=32, Hkv=8, D=128 in bf16 at 8k,
-32k, 128k, timed as replays of CUDA graphs ("with_host": choosing as a host launches it on an idle GPU); on a CPU Hq=8,
-Hkv=4, D=64 in fp32 at 16k. `--quick` is a dry run whose figures mean nothing.
+32k, 128k, timed as replays of CUDA graphs ("alone": choosing without dense attention in turn, under which the GPU
+lowers its clock; "with_host": choosing as a host launches it on an idle GPU); on a CPU Hq=8, Hkv=4, D=64 in fp32 at
+16k. `--quick` is a dry run whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ def row(
         graphs[name], result["clock"][name] = captured([run], clock)
     result["times"] = interleave(graphs, repeats, clock)
     if clock.device.type == "cuda":
-        result["with_host"] = interleave({n: r for n, r in runs.items() if "choosing" in n}, 5, clock)
+        rest, choosing = Clock(clock.device, 5), [n for n in runs if "choosing" in n]
+        result["alone"] = interleave({n: graphs[n] for n in choosing}, 9, rest)
+        result["with_host"] = interleave({n: runs[n] for n in choosing}, 5, rest)
     best = min((f"dense {n}" for n in names), key=lambda n: result["times"][n]["median_ms"])
     result["fastest_dense"] = best
     result["over_dense"] = {n: ratio(result["times"], n, best) for n in runs if n != best}

@@ -55,7 +55,7 @@ def strides(x: torch.Tensor | None, dims: int) -> list[int]:
     return [0 if n == 1 else step for n, step in zip(x.shape[:dims], x.stride(), strict=False)]
 
 
-CHAINED = False
+CHAINED = True
 """Whether the kernels of a decode step follow one another by programmatic dependent launch, where the GPU has it."""
 
 

@@ -126,8 +126,14 @@ def tokenselect(patch: Patch, layer: Layer) -> Iterator[tuple[str, Callable[[], 
         if name == "miss":  # a query of NaN is like no other
             own.ctx.pairs = lambda: none
         now: dict[str, Any] = {"tokens_slots": own.kv.S - 1}
+        once = again(patch, own, choose, **now)
+        before = own.kv.rows["tokens_tally"].clone()
+        once()
+        steps, hits = (own.kv.rows["tokens_tally"] - before).sum(0).tolist()
+        if hits != (steps if name == "hit" else 0):
+            raise RuntimeError(f"{hits} of {steps} steps of the variant {name!r} were hits")
         yield name, again(patch, own, **now)
-        yield f"{name} choosing", again(patch, own, choose, **now)
+        yield f"{name} choosing", once
 
 
 def recycled(patch: Any, layer: Layer) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -27,7 +27,7 @@ def _kernel(
 ):  # fmt: skip
     """LIKE uint8 [B]; a query is [HEADS, D], what is kept of it fp32 [HEADS * D], or [D] of the mean.
 
-    Loads are under way before any is waited for: the kernel is as long as they take to come.
+    All loads are under way before any is waited for: the kernel is as long as they take to come.
     """
     follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
@@ -53,13 +53,21 @@ def _kernel(
     given = tl.load(QUERY + d, mask=inside, other=0.0)  # [H, WIDE]
     old = tl.load(KEPT + at, mask=held, other=0.0)
     new = given.to(tl.float32)
-    if TURN:  # read again: tl.gather gave wrong numbers on an H200 in 16 bits (triton 3.6)
-        new = new * same + tl.load(QUERY + partner, mask=inside, other=0.0).to(tl.float32) * turned
     if MEAN:
         new = tl.sum(new, 0, keep_dims=True) / HEADS
+    if TURN:
+        new = new * same + tl.gather(new, tl.broadcast_to(partner, new.shape), 1) * turned
     line: tl.constexpr = new.numel
-    new_line, old_line = tl.reshape(new, [line], can_reorder=True), tl.reshape(old, [line], can_reorder=True)
-    own, kept, both = tl.reduce((new_line * new_line, old_line * old_line, new_line * old_line), 0, _add)
+    # a reordered line has the order of its own layout, so they are multiplied before
+    own, kept, both = tl.reduce(
+        (
+            tl.reshape(new * new, [line], can_reorder=True),
+            tl.reshape(old * old, [line], can_reorder=True),
+            tl.reshape(new * old, [line], can_reorder=True),
+        ),
+        0,
+        _add,
+    )
     cosine = both / tl.maximum(tl.sqrt(own) * tl.sqrt(kept), 1e-16)
     like = cosine >= threshold
     if ABOVE:

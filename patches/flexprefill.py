@@ -114,6 +114,8 @@ class FlexPrefill(Patch):
         blocks = -(-end // size) if ctx.ragged else None  # [B]
         probe, probe_pos = selecting.probe_rows(q, ctx, size, start)
         sums = line_sums.run(probe, kv, q_pos=probe_pos, scaling=ctx.scaling, newest=not ctx.ragged)
+        voters: Tensor | int
+        many: Tensor | int
         if ctx.ragged:
             voters = (probe_pos >= 0).sum(-1).clamp(min=1)[:, None, None]
             probe, many = torch.where((probe_pos >= 0)[:, None, :, None], probe, 0.0), voters[..., None]

@@ -17,6 +17,12 @@ def _add(a, b, c, x, y, z):
     return a + x, b + y, c + z
 
 
+@triton.jit
+def _line(x):
+    """All of x in an order of its layout's own: two lines do not match each other, so multiply before."""
+    return tl.reshape(x, [x.numel], can_reorder=True)
+
+
 @triton.jit(do_not_specialize=["read", "least"])
 def _kernel(
     QUERY, KEPT, QPOS, SAME, OTHER, PARTNER, TALLY, SCORED, LIKE,
@@ -57,17 +63,7 @@ def _kernel(
         new = tl.sum(new, 0, keep_dims=True) / HEADS
     if TURN:
         new = new * same + tl.gather(new, tl.broadcast_to(partner, new.shape), 1) * turned
-    line: tl.constexpr = new.numel
-    # a reordered line has the order of its own layout, so they are multiplied before
-    own, kept, both = tl.reduce(
-        (
-            tl.reshape(new * new, [line], can_reorder=True),
-            tl.reshape(old * old, [line], can_reorder=True),
-            tl.reshape(new * old, [line], can_reorder=True),
-        ),
-        0,
-        _add,
-    )
+    own, kept, both = tl.reduce((_line(new * new), _line(old * old), _line(new * old)), 0, _add)
     cosine = both / tl.maximum(tl.sqrt(own) * tl.sqrt(kept), 1e-16)
     like = cosine >= threshold
     if ABOVE:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attnpatch.patches.tokenselect import RAW, raw_keys
+
 from attnpatch.errors import ConfigError
 from attnpatch.patch import Patch, option, register
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 STRIPE = 16384
 """Query rows whose lists exist at once."""
+INDEXED = 3
+"""First layers in which the keys of a chunk share a position where positions are re-numbered."""
 INDEX, COUNT, END, STAGE, STEP, SLOTS = (
     f"infinitehip_{x}" for x in ("index", "count", "end", "stage", "step", "slots")
 )
@@ -35,8 +39,12 @@ class InfiniteHiP(Patch):
     Queries at positions below `dense_up_to` attend all keys, and so does every query, decode steps too, with no more
     than k + sink + sliding_window keys. A stage that is given no more than it keeps does nothing.
     A decode step renews stage i and those after it every `refresh[i]` steps: the paper's intervals are the default, the
-    code has (32, 16, 8). Positions are the true ones: the paper's re-numbering beyond the trained length, and its
-    offload to host memory, are not part of this. Soft-capped models stay dense.
+    code has (32, 16, 8). The paper's offload to host memory is not part of this. Soft-capped models stay dense.
+    positions="streaming", for texts beyond the trained length: attended keys count as if they stood side by side, and
+    a block's queries share a window that holds each one's. Stages compare queries at `sliding_window` with un-rotated
+    keys, left halves one further; in the first three layers chunks stand side by side before the window, their keys at
+    one position. Un-rotated keys are kept besides the cache (half as much again). Set `dense_up_to` to no more than the
+    trained length then, and k + sink + sliding_window too.
 
     Chosen here where the spec leaves it open: fp32 scores; ties go to the later half and chunk; a chunk cut short by
     the window is probed at its last key before it, and a half behind that never wins; a mean of queries scores keys
@@ -56,6 +64,9 @@ class InfiniteHiP(Patch):
         "code", "halves compare their midpoints (code; all visited count) or first keys (paper)",
         choices=("code", "paper"),
     )  # fmt: skip
+    positions: str = option(
+        "true", "attended keys stay where they are, or are re-numbered side by side", choices=("true", "streaming")
+    )
     dense_up_to: int = option(8192, "first positions whose queries attend everything, in prompts", low=0)
     decode: bool = option(True, "sparse decoding too; needs the whole cache. False: decode steps are dense")
     refresh: Any = option((16, 8, 4), "decode steps after which each stage is renewed, with those after it")
@@ -126,6 +137,10 @@ class InfiniteHiP(Patch):
     def phases(self) -> frozenset[str]:
         return frozenset({"prefill", "decode"} if self.decode else {"prefill"})
 
+    @property
+    def repositions(self) -> bool:
+        return self.positions == "streaming"
+
     def kept(self, layer: int) -> list[int]:
         """Keys that each stage keeps in a layer."""
         return [*self.keeps, self.wide_k if layer < self.wide_layers else self.k]
@@ -135,6 +150,11 @@ class InfiniteHiP(Patch):
         short, bq = self.kept(ctx.layer)[-1] + self.sliding_window + self.sink, self.block_size_q
         if ctx.softcap is not None or kv.S <= short:
             return None
+        if self.repositions and ctx.turn is None:
+            raise ConfigError(
+                "infinitehip: positions='streaming' turns queries and keys; give turn(x, by), as a patched model does, "
+                "or set positions='true'."
+            )
         if ctx.event == "step":
             return self._step(q, kv, ctx)
         dense = max(short // bq * bq, self.dense_up_to)
@@ -151,29 +171,76 @@ class InfiniteHiP(Patch):
         if dense > first:
             yield Selection(rows=slice(0, dense - first))
         begin, tokens = max(first, dense), ctx.q_pos.amax(dim=1, keepdim=True) + 1  # [B, 1]
+        keys = raw_keys(kv, ctx) if self.repositions else kv.k
         while begin < end:
             grid = begin // bq * bq
             # a block that begins off the grid is a term of its own
             stop = min(grid + (bq if begin > grid else max(1, STRIPE // bq) * bq), end)
             rows = slice(begin - first, stop - first)
-            index, count = self.pages(q[:, :, rows], kv.k, begin, tokens, kept)
-            yield self._selection(index, count, bq, self.sliding_window, rows)
+            index, count = self.pages(q[:, :, rows], keys, begin, tokens, kept, ctx)
+            if self.repositions:
+                yield from self._blocks(index, count, begin, stop, first, tokens, end)
+            else:
+                yield self._selection(index, count, bq, self.sliding_window, rows)
             begin = stop
+        if self.repositions and not self.decode and ctx.event == "prompt":
+            kv.rows.pop(RAW, None)  # a later turn makes them anew
 
     def _selection(self, index: Tensor, count: Tensor, bq: int, window: int, rows: slice | None = None) -> Selection:
         from attnpatch.decisions import Selection
 
         return Selection(index, count, self.chunks[-1], bq, sink=self.sink, window=window, rows=rows)
 
-    def pages(self, q: Tensor, k: Tensor, begin: int, tokens: Tensor, kept: list[int]) -> tuple[Tensor, Tensor]:
-        """Pages int32 [B, 1, R, W] of the query blocks, ascending, and their count [B, 1, R].
+    def _blocks(
+        self, index: Tensor, count: Tensor, begin: int, stop: int, first: int, tokens: Tensor, slots: int
+    ) -> Iterator[Selection]:
+        """One whole list for each block of the queries at begin .. stop - 1, by rank; first: position of the call's."""
+        import torch
 
-        q: [B, Hq, t, D], the queries at positions begin .. begin + t - 1, of which those below tokens (int [B, 1]) are
-        real; k: [B, Hkv, S, D], slots in order of position.
+        from attnpatch.decisions import Selection
+
+        bq, grid = self.block_size_q, begin // self.block_size_q * self.block_size_q
+        start = (torch.arange(index.shape[2], device=index.device) * bq + grid).clamp(min=begin)
+        held = tokens.clamp(max=stop).minimum(start // bq * bq + bq)  # [B, R]
+        near = (held - start).clamp(min=0) + self.sliding_window - 1
+        index, count = self._joined(index, count, held, near, self.sliding_window - 1 + bq, slots)
+        for i, low in enumerate(range(grid, stop, bq)):
+            rows = slice(max(low, begin) - first, min(low + bq, stop) - first)
+            yield Selection(index[:, :, i : i + 1], count[:, :, i : i + 1], 1, rows=rows, positions="rank")
+
+    def _joined(
+        self, index: Tensor, count: Tensor, held: Tensor, near: Tensor | int, width: int, slots: int
+    ) -> tuple[Tensor, Tensor]:
+        """Lists of single keys int32 [B, 1, R, W] of first ones, selected pages and last ones, and their counts.
+
+        held: int [B, R], keys of a row up to its block's end; near, no more than width: the last ones.
         """
         import torch
 
-        from attnpatch.executors.column_sums import MAX_BLOCK
+        page, device = self.chunks[-1], index.device
+        early = (held - near).clamp(min=0)[..., None]
+        far = (index[:, 0, ..., None] * page + torch.arange(page, device=device)).flatten(-2)
+        meant = torch.arange(index.shape[3], device=device) < count[:, 0, :, None]
+        meant = meant.repeat_interleave(page, dim=-1) & (far >= self.sink)
+        sink = torch.arange(self.sink, device=device).expand(*held.shape, -1)
+        late = early + torch.arange(width, device=device)
+        keys = torch.cat([
+            torch.where(sink < early, sink, slots), torch.where(meant & (far < early), far, slots),
+            torch.where(late < held[..., None], late, slots),
+        ], dim=-1).sort(dim=-1).values.to(torch.int32)  # fmt: skip
+        return keys[:, None], (keys < slots).sum(-1, dtype=torch.int32)[:, None]
+
+    def pages(
+        self, q: Tensor, k: Tensor, begin: int, tokens: Tensor, kept: list[int], ctx: Ctx
+    ) -> tuple[Tensor, Tensor]:
+        """Pages int32 [B, 1, R, W] of the query blocks, ascending, and their count [B, 1, R].
+
+        q: [B, Hq, t, D], the queries at positions begin .. begin + t - 1, of which those below tokens (int [B, 1]) are
+        real; k: [B, Hkv, S, D], slots in order of position, un-rotated where positions are re-numbered.
+        """
+        import torch
+
+        from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
 
         bq, (batch, heads, total, dim) = self.block_size_q, q.shape
         reach = max(1, -(-(begin + total - self.sliding_window - self.sink) // self.chunks[0]))  # chunks of stage 1
@@ -182,11 +249,15 @@ class InfiniteHiP(Patch):
         step, found, at = max(1, MAX_BLOCK // (batch * heads * width)) * bq, [], 0
         while at < total:
             stop = min((begin + at) // bq * bq + step - begin, total)
-            groups = [self.means(q[:, :, at:stop], begin + at, tokens, s) for s in self.strides_q]
+            part = q[:, :, at:stop]
+            if self.repositions:
+                near = self.sliding_window - begin - torch.arange(at, stop, device=q.device)
+                part = ctx.turn(part.to(compute_dtype(q)), near.expand(batch, -1))
+            groups = [self.means(part, begin + at, tokens, s) for s in self.strides_q]
             last = groups[0][1].amax(dim=-1)  # [B, R]
             end = (last + 1 - self.sliding_window).to(torch.int32)
             parts = [(mean, seen - self.sliding_window) for mean, seen in groups]
-            (*_, start) = self.search(parts, k, end, kept, reach)
+            (*_, start) = self.search(parts, k, end, kept, reach, ctx)
             found.append(self._listed(start, end, k.shape[2]))
             at = stop
         index, count = zip(*found, strict=True)
@@ -217,6 +288,8 @@ class InfiniteHiP(Patch):
 
     def _step(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection:
         """The list of one new token in each row; stages that are not due are taken from earlier steps."""
+        from attnpatch.decisions import Selection
+
         old = kv.rows.get(INDEX)
         known = old is not None and kv.plain[SLOTS] == kv.S - 1  # no token came without a step
         step = kv.plain[STEP] + 1 if known else 0
@@ -224,8 +297,12 @@ class InfiniteHiP(Patch):
         if due is not None:
             self._renew(q, kv, ctx, due, known and kv.holes)
         kv.plain[STEP], kv.plain[SLOTS] = step, kv.S
-        age = step % self.refresh[0]
-        return self._selection(kv.rows[INDEX], kv.rows[COUNT], 0, self.sliding_window + age)
+        near = self.sliding_window + step % self.refresh[0]
+        if not self.repositions:
+            return self._selection(kv.rows[INDEX], kv.rows[COUNT], 0, near)
+        raw_keys(kv, ctx)  # one more at each step, rather than all anew when stages are due
+        index, count = self._joined(kv.rows[INDEX], kv.rows[COUNT], ctx.q_pos + 1, near, near, kv.S)
+        return Selection(index, count, 1, positions="rank")
 
     def _renew(self, q: Tensor, kv: KV, ctx: Ctx, due: int, pauses: bool) -> None:
         """Search from stage `due` on; where `pauses`, rows without a token in this step keep what they have."""
@@ -247,10 +324,13 @@ class InfiniteHiP(Patch):
         if due == 0:
             store(END, (ctx.q_pos + 1 - self.sliding_window).to(torch.int32))
         end = kv.rows[END]  # [B, 1]
-        part = q.to(compute_dtype(q))[:, :, :, None], end[..., None] - 1  # [B, Hq, 1, 1, D], [B, 1, 1]
+        query, keys = q.to(compute_dtype(q)), kv.k
+        if self.repositions:
+            query, keys = ctx.turn(query, self.sliding_window - ctx.q_pos), raw_keys(kv, ctx)
+        part = query[:, :, :, None], end[..., None] - 1  # [B, Hq, 1, 1, D], [B, 1, 1]
         reach = max(1, -(-(kv.S - self.sliding_window - self.sink) // self.chunks[0]))
         known = kv.rows[f"{STAGE}{due - 1}"] if due else None
-        lists = self.search([part] * len(self.chunks), kv.k, end, self.kept(ctx.layer), reach, due, known)
+        lists = self.search([part] * len(self.chunks), keys, end, self.kept(ctx.layer), reach, ctx, due, known)
         for i, start in enumerate(lists[:-1], due):
             store(f"{STAGE}{i}", start)
         for name, x in zip((INDEX, COUNT), self._listed(lists[-1], end, kv.S), strict=True):
@@ -259,8 +339,8 @@ class InfiniteHiP(Patch):
     # ---- the stages ----
 
     def search(
-        self, groups: list[tuple[Tensor, Tensor]], k: Tensor, end: Tensor, kept: list[int], reach: int, due: int = 0,
-        known: Tensor | None = None,
+        self, groups: list[tuple[Tensor, Tensor]], k: Tensor, end: Tensor, kept: list[int], reach: int, ctx: Ctx,
+        due: int = 0, known: Tensor | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """First slots int32 [B, R, M] of the chunks that each stage from `due` on keeps, ascending.
 
@@ -283,41 +363,58 @@ class InfiniteHiP(Patch):
                                                         device=k.device)  # fmt: skip
                 start = start.flatten(-2)
             if start.shape[-1] > kept[i] // chunk:
-                scores = self.scores(*groups[i], k, start, end, chunk)
+                scores = self.scores(*groups[i], k, start, end, chunk, ctx)
                 start = start.gather(-1, best(scores, kept[i] // chunk))
             lists.append(start)
         return lists
 
-    def scores(self, mean: Tensor, limit: Tensor, k: Tensor, start: Tensor, end: Tensor, chunk: int) -> Tensor:
+    def scores(
+        self, mean: Tensor, limit: Tensor, k: Tensor, start: Tensor, end: Tensor, chunk: int, ctx: Ctx
+    ) -> Tensor:
         """fp32 [B, R, M]: the highest score of a chunk, over heads and queries, by its representatives.
 
         start: int32 [B, R, M], chunks of `chunk` keys, -inf for those at or behind end [B, R]; others as in `search`.
         """
         import torch
 
-        stop = end[:, None, :, None]
+        stop, meant = end[:, None, :, None], start < end[..., None]
         at, score = start[:, None].expand(-1, mean.shape[1], -1, -1), None  # [B, Hq, R, M]
-        code, size = self.representative == "code", chunk
+        code, size, place, further = self.representative == "code", chunk, None, None
+        if self.repositions and ctx.layer < INDEXED:  # the last chunk stands at 0, those before it further back
+            place = torch.arange(1, start.shape[-1] + 1, device=k.device) - meant.sum(-1, keepdim=True)
+        elif self.repositions:
+            one = torch.ones_like(limit.flatten(1)).expand(mean.shape[0], -1)
+            further = ctx.turn(mean.flatten(2, 3), one).view_as(mean)
         if chunk == 1:
-            score = self._products(mean, limit, k, at.clamp(max=k.shape[2] - 1))
+            score = self._products(mean, limit, k, at.clamp(max=k.shape[2] - 1), ctx, place)
         while size > 1:
             size //= 2
             half = torch.stack([at, at + size], dim=-1)  # [B, Hq, R, M, 2]
             probe = torch.minimum(half + (size // 2 if code else 0), stop[..., None] - 1).clamp(min=0)
-            found = self._products(mean, limit, k, probe.flatten(-2)).unflatten(-1, (-1, 2))
-            found = found.masked_fill(half >= stop[..., None], float("-inf"))
-            at = torch.where(found[..., 0] > found[..., 1], half[..., 0], half[..., 1])
-            top = found.amax(dim=-1)
+            both = None if place is None else place.repeat_interleave(2, dim=-1)
+            found = self._products(mean, limit, k, probe.flatten(-2), ctx, both).unflatten(-1, (-1, 2))
+            left, right = found.masked_fill(half >= stop[..., None], float("-inf")).unbind(-1)
+            rival = left if further is None else self._products(further, limit, k, probe[..., 0], ctx)
+            won = (rival > right) & (half[..., 0] < stop)
+            at = torch.where(won, half[..., 0], half[..., 1])
+            top = torch.maximum(left, right) if code else torch.where(won, left, right)
             score = top if score is None or not code else torch.maximum(score, top)
-        return score.amax(dim=1).masked_fill(start >= end[..., None], float("-inf"))  # type: ignore[union-attr]
+        return score.amax(dim=1).masked_fill(~meant, float("-inf"))  # type: ignore[union-attr]
 
-    def _products(self, mean: Tensor, limit: Tensor, k: Tensor, slot: Tensor) -> Tensor:
-        """[B, Hq, R, L]: highest product of the keys at slot [B, Hq, R, L] with a query that may score them."""
+    def _products(
+        self, mean: Tensor, limit: Tensor, k: Tensor, slot: Tensor, ctx: Ctx, place: Tensor | None = None
+    ) -> Tensor:
+        """[B, Hq, R, L]: highest product of the keys at slot [B, Hq, R, L] with a query that may score them.
+
+        place: int [B, R, L], positions that the keys are turned to, or None.
+        """
         import torch
 
         from attnpatch.executors.row_lists import take
 
         keys = take(k, slot).to(mean.dtype)  # [B, Hq, R, L, D]
+        if place is not None:
+            keys = ctx.turn(keys.flatten(2, 3), place.clamp(max=0).flatten(1)).view_as(keys)
         dots = mean @ keys.transpose(-1, -2)  # [B, Hq, R, n, L]
         lowest = torch.finfo(torch.float32).min
         return torch.where(slot[:, :, :, None] <= limit[:, None, ..., None], dots, lowest).amax(3)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from attnpatch.patches.infinitehip import InfiniteHiP
 from oracle import CACHE, tiny
-from test_decode_select import Layer
+from test_decode_select import Layer, turned
 from test_hip import attended, context, problem, sets
 
 import attnpatch
 from attnpatch.engine.call import KV
 from attnpatch.errors import ConfigError
-from attnpatch.executors import column_sums, naive, row_lists
+from attnpatch.executors import column_sums, dispatch, naive, row_lists
 
 SMALL = {
     "k": 12, "chunks": [16, 8, 2], "keeps": [48, 24], "strides_q": [4, 2, 1], "block_size_q": 8, "sliding_window": 10,
@@ -23,12 +23,21 @@ SMALL = {
 # ---- from the specification: plain loops ----
 
 
-def naive_score(groups, k, start, chunk, end, window, rule):
-    """C1, C2: a chunk's score. groups: [(position of the last query, [Hq, D] mean)]; k [Hkv, n, D]."""
+def spin(x, by):
+    """x [Hq, D] or [D] turned by a number of positions."""
+    return turned(x.view(1, -1, 1, x.shape[-1]), torch.tensor([[by]])).view(x.shape)
 
-    def product(h, key):
-        own = [m[h] @ k[h * len(k) // len(m), key] for last, m in groups if key <= last - window]
-        return max(map(float, own))
+
+def naive_score(groups, k, start, chunk, end, window, rule, back=0, further=0):
+    """C1, C2: a chunk's score. groups: [(position of the last query, [Hq, D] mean)]; k [Hkv, n, D].
+
+    C5: keys stand `back` further back, left halves are compared `further` away.
+    """
+
+    def product(h, key, by=0):
+        own = [m[h] for last, m in groups if key <= last - window]
+        key = spin(k[h * len(k) // len(groups[0][1]), key], -back)
+        return max(float((spin(x, by) if by else x) @ key) for x in own)
 
     heads = []
     for h in range(len(groups[0][1])):
@@ -41,13 +50,14 @@ def naive_score(groups, k, start, chunk, end, window, rule):
             probe = size // 2 if rule == "code" else 0
             left = product(h, min(at + probe, end - 1))
             right = product(h, min(at + size + probe, end - 1)) if at + size < end else float("-inf")
-            visited.append(max(left, right))
-            at += 0 if left > right else size
+            rival = product(h, min(at + probe, end - 1), further) if further else left
+            visited.append(max(left, right) if rule == "code" else left if rival > right else right)
+            at += 0 if rival > right else size
         heads.append(max(visited) if rule == "code" else visited[-1])
     return max(heads)
 
 
-def naive_stages(rows, k, patch, end, kept, begin=None, known=None, due=0):
+def naive_stages(rows, k, patch, end, kept, begin=None, known=None, due=0, layer=0):
     """What each stage keeps: [[first keys of chunks]]. rows: [(position, [Hq, D])], the real ones of a block."""
     out, window = [], patch.sliding_window
     for i in range(due, len(patch.chunks)):
@@ -63,7 +73,13 @@ def naive_stages(rows, k, patch, end, kept, begin=None, known=None, due=0):
         if begin is not None:  # a decode step: the window keeps its start
             groups = [(end - 1 + window, rows[0][1])]
         if len(starts) > kept[i] // chunk:
-            scores = [naive_score(groups, k, s, chunk, end, window, patch.representative) for s in starts]
+            how, n = [(0, 0)] * len(starts), len(starts)
+            if patch.repositions:
+                how = [(n - 1 - j, 0) if layer < 3 else (0, 1) for j in range(n)]
+            scores = [
+                naive_score(groups, k, s, chunk, end, window, patch.representative, *x)
+                for s, x in zip(starts, how, strict=True)
+            ]
             order = sorted(range(len(starts)), key=lambda j: (scores[j], j), reverse=True)[: kept[i] // chunk]
             starts = [starts[j] for j in sorted(order)]
         known = starts
@@ -77,7 +93,10 @@ def keys_of(starts, patch, end):
 
 def naive_keys(q, k, patch, first=0, layer=0):
     """The keys of each query, all heads alike; q [Hq, T, D] at positions first .., k [Hkv, n, D]."""
-    out, bq, stop = [], patch.block_size_q, first + q.shape[1]
+    out, bq, stop, window = [], patch.block_size_q, first + q.shape[1], patch.sliding_window
+    if patch.repositions:
+        q = turned(q[None], window - torch.arange(first, stop)[None])[0]
+        k = turned(k[None], -torch.arange(k.shape[1])[None])[0]
     kept, found = patch.kept(layer), {}
     short = kept[-1] + patch.sliding_window + patch.sink
     for p in range(first, stop):
@@ -89,9 +108,10 @@ def naive_keys(q, k, patch, first=0, layer=0):
         if m not in found:
             rows = [(t, q[:, t - first]) for t in range(max(first, dense, m * bq), min(m * bq + bq, stop))]
             end = rows[-1][0] + 1 - patch.sliding_window
-            found[m] = keys_of(naive_stages(rows, k, patch, end, kept)[-1], patch, end)
-        near = set(range(max(0, p - patch.sliding_window + 1), p + 1))
-        out.append({j for j in found[m] | set(range(patch.sink)) | near if j <= p})
+            starts = naive_stages(rows, k, patch, end, kept, layer=layer)[-1]
+            found[m] = keys_of(starts, patch, end), rows[0][0]
+        near = set(range(max(0, (found[m][1] if patch.repositions else p) - window + 1), p + 1))
+        out.append({j for j in found[m][0] | set(range(patch.sink)) | near if j <= p})
     return out
 
 
@@ -292,6 +312,66 @@ def test_layers_with_more():
         assert patch.select(q, kv, ctx).index.shape[-1] == width
 
 
+# ---- positions side by side ----
+
+
+def streaming(layer=0, prefix=0, **change):
+    q, kv, ctx = problem(101 - prefix, 101, batch=2, lengths=None if prefix else [101, 66], dim=8, whole=False)
+    ctx.layer, ctx.turn = layer, turned
+    return q, kv, ctx, InfiniteHiP(**{**SMALL, "positions": "streaming", **change})
+
+
+@pytest.mark.parametrize("rule", ["code", "paper"])
+@pytest.mark.parametrize("layer", [0, 3], ids=["indexed", "relative"])
+@pytest.mark.parametrize("prefix", [0, 29])
+def test_streaming_equals_the_specification(layer, rule, prefix):
+    q, kv, ctx, patch = streaming(layer, prefix, representative=rule)
+    terms, _ = check(q, kv, ctx, patch, first=prefix)
+    for term in terms[not prefix :]:
+        out, _ = dispatch.run(q, kv, term, ctx)
+        assert term.positions == "rank"
+        real = ctx.q_pos[:, term.rows] >= 0
+        torch.testing.assert_close(out[real], naive.run(q, kv, term, ctx)[0][:, term.rows][real], atol=1e-4, rtol=1e-4)
+        assert all((x[:, 0, 0, 1:] > x[:, 0, 0, :-1])[:, : int(term.count.min()) - 1].all() for x in [term.index])
+
+
+@pytest.mark.parametrize("layer", [0, 3], ids=["indexed", "relative"])
+def test_streaming_knows_no_absolute_position(layer):
+    """Invariant 13: all tokens 1000 positions further on, the rows that are not dense answer alike."""
+    q, kv, ctx, patch = streaming(layer)
+    shift = torch.full((2, 101), 1000)
+    far = KV(turned(kv.k, shift), kv.v, kv.pos, kv.holes)
+    for a, b in zip(patch.select(q, kv, ctx), patch.select(turned(q, shift), far, ctx), strict=True):
+        assert a.dense == b.dense
+        if a.dense:
+            continue
+        assert torch.equal(a.index, b.index)
+        one, two = dispatch.run(q, kv, a, ctx)[0], dispatch.run(turned(q, shift), far, b, ctx)[0]
+        real = ctx.q_pos[:, a.rows] >= 0
+        torch.testing.assert_close(one[real], two[real], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("layer", [0, 3], ids=["indexed", "relative"])
+@pytest.mark.parametrize("refresh", [[1, 1, 1], [6, 4, 3]], ids=str)
+def test_streaming_steps_equal_the_specification(layer, refresh):
+    patch = InfiniteHiP(**{**SMALL, "refresh": refresh, "positions": "streaming"})
+    held, lists, ends_of, window = Layer(batch=3, layer=layer), [{}, {}, {}], [0, 0, 0], patch.sliding_window
+    for step in range(14):
+        ends = [82 + step, 55 + step, 9 + step]
+        found = held.attended(patch, ends)
+        due = next((i for i, n in enumerate(refresh) if step % n == 0), None)
+        for b, n in enumerate(ends):
+            ends_of[b] = n - window if due == 0 else ends_of[b]
+            if due is not None:
+                q = turned(held.q[b : b + 1, :, n - 1 : n], torch.tensor([[window - n + 1]]))[0, :, 0]
+                k = turned(held.k[b : b + 1, :, :n], -torch.arange(n)[None])[0]
+                lists[b].update(enumerate(naive_stages(
+                    [(n - 1, q)], k, patch, ends_of[b], patch.kept(0), n, lists[b].get(due - 1), due, layer), due
+                ))  # fmt: skip
+            far = keys_of(lists[b][2], patch, ends_of[b]) | set(range(min(n, patch.sink)))
+            assert found[b] == [far | set(range(max(0, ends_of[b]), n))] * 4, (b, step)
+
+
 # ---- whole models ----
 
 ALL = {**SMALL, "k": 1024, "keeps": [1024, 1024]}
@@ -314,9 +394,10 @@ def padded(length=90, pad=23):
     return ids * mask, mask
 
 
+@pytest.mark.parametrize("positions", ["true", "streaming"])
 @pytest.mark.parametrize("short", [True, False], ids=["the-short-way", "by-lists"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_room_for_everything_is_dense(family, short, monkeypatch):
+def test_room_for_everything_is_dense(family, short, positions, monkeypatch):
     model, (ids, mask) = tiny(family), padded()
     wanted, logits = generate(model, ids, attention_mask=mask)
     if not short:  # lists of everything in each row, which are made nowhere else
@@ -325,17 +406,18 @@ def test_room_for_everything_is_dense(family, short, monkeypatch):
             return self._step(q, kv, ctx) if ctx.event == "step" else self._terms(q, kv, ctx, 0)
 
         monkeypatch.setattr(InfiniteHiP, "select", lists)
-    with attnpatch.patched(model, "infinitehip", **{**ALL, "refresh": [4, 2, 2]}):
+    with attnpatch.patched(model, "infinitehip", **{**ALL, "refresh": [4, 2, 2], "positions": positions}):
         got, mine = generate(model, ids, attention_mask=mask)
     assert torch.equal(got, wanted)
     torch.testing.assert_close(mine, logits, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("positions", ["true", "streaming"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_sparse_and_padded_rows_alone(family):
+def test_sparse_and_padded_rows_alone(family, positions):
     model, (ids, mask) = tiny(family), padded()
     logits = generate(model, ids, attention_mask=mask)[1]
-    with attnpatch.patched(model, "infinitehip", **{**SMALL, "refresh": [4, 2, 2]}):
+    with attnpatch.patched(model, "infinitehip", **{**SMALL, "refresh": [4, 2, 2], "positions": positions}):
         got, mine = generate(model, ids, attention_mask=mask)
         assert not any(layer.note for layer in attnpatch.status(model).layers)
         alone, single = generate(model, ids[1:, 23:])
@@ -344,13 +426,14 @@ def test_sparse_and_padded_rows_alone(family):
     assert not torch.allclose(mine[0], logits[0], atol=1e-3) and not torch.allclose(mine[-1], logits[-1], atol=1e-3)
 
 
-def test_beams_chunks_turns_and_bfloat16():
+@pytest.mark.parametrize("positions", ["true", "streaming"])
+def test_beams_chunks_turns_and_bfloat16(positions):
     model, (ids, mask) = tiny("llama"), padded()
     search = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     wanted = model.generate(ids, **search)
     with attnpatch.patched(model, "infinitehip", **ALL):
         assert torch.equal(model.generate(ids, **search), wanted)
-    with attnpatch.patched(model, "infinitehip", **{**SMALL, "refresh": [4, 2, 2]}):
+    with attnpatch.patched(model, "infinitehip", **{**SMALL, "refresh": [4, 2, 2], "positions": positions}):
         assert torch.equal(model.generate(ids, **search), model.generate(ids, **search))
         whole = generate(model, prompt())[1]
         torch.testing.assert_close(generate(model, prompt(), prefill_chunk_size=16)[1], whole, atol=5e-5, rtol=0)
@@ -397,7 +480,14 @@ def test_composition():
     ({"refresh": [4, 2, True]}, "is no list of whole numbers"),
     ({"representative": "center"}, "choose one of 'code', 'paper'"),
     ({"sliding_window": 0}, "at least 1"),
+    ({"positions": "compact"}, "choose one of 'true', 'streaming'"),
 ], ids=lambda x: "+".join(x) if isinstance(x, dict) else "")  # fmt: skip
 def test_refusals(change, message):
     with pytest.raises(ConfigError, match=message):
         InfiniteHiP(**{**SMALL, **change})
+
+
+def test_turning_is_needed():
+    q, kv, ctx = problem(100, 100)
+    with pytest.raises(ConfigError, match="positions='streaming' turns queries and keys; give turn"):
+        InfiniteHiP(**{**SMALL, "positions": "streaming"}).select(q, kv, ctx)

@@ -247,15 +247,20 @@ def test_attention_by_lists_equals_naive(dtype):
         torch.testing.assert_close(out[real], expected[real], atol=tolerance, rtol=tolerance)
 
 
-def test_no_host_wait(monkeypatch):
+@pytest.mark.parametrize("positions", ["true", "streaming"])
+def test_no_host_wait(positions, monkeypatch):
     q, kv, ctx = problem(120, 120, batch=2, lengths=[120, 90])
+    step = Layer(batch=2).call([90, 70])
+    ctx.turn = turned
 
     def refuse(*args, **kwargs):
         raise AssertionError("the host reads a tensor")
 
     for method in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, method, refuse)
-    assert len(list(InfiniteHiP(**SMALL).select(q, kv, ctx))) == 2
+    patch = InfiniteHiP(**{**SMALL, "positions": positions})
+    assert len(list(patch.select(q, kv, ctx))) == (2 if positions == "true" else 1 + 12)
+    assert patch.select(*step) is not None
 
 
 # ---- decode steps ----

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attnpatch.patches import _stages
 from attnpatch.patches.tokenselect import RAW, raw_keys
 
 from attnpatch.errors import ConfigError
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 STRIPE = 16384
 """Query rows whose lists exist at once."""
-INDEXED = 3
-"""First layers in which the keys of a chunk share a position where positions are re-numbered."""
 INDEX, COUNT, END, STAGE, STEP, SLOTS = (
     f"infinitehip_{x}" for x in ("index", "count", "end", "stage", "step", "slots")
 )
@@ -257,7 +256,7 @@ class InfiniteHiP(Patch):
             last = groups[0][1].amax(dim=-1)  # [B, R]
             end = (last + 1 - self.sliding_window).to(torch.int32)
             parts = [(mean, seen - self.sliding_window) for mean, seen in groups]
-            (*_, start) = self.search(parts, k, end, kept, reach, ctx)
+            (*_, start) = _stages.search(self, parts, k, end, kept, reach, ctx)
             found.append(self._listed(start, end, k.shape[2]))
             at = stop
         index, count = zip(*found, strict=True)
@@ -330,94 +329,11 @@ class InfiniteHiP(Patch):
         part = query[:, :, :, None], end[..., None] - 1  # [B, Hq, 1, 1, D], [B, 1, 1]
         reach = max(1, -(-(kv.S - self.sliding_window - self.sink) // self.chunks[0]))
         known = kv.rows[f"{STAGE}{due - 1}"] if due else None
-        lists = self.search([part] * len(self.chunks), keys, end, self.kept(ctx.layer), reach, ctx, due, known)
+        lists = _stages.search(self, [part] * len(self.chunks), keys, end, self.kept(ctx.layer), reach, ctx, due, known)
         for i, start in enumerate(lists[:-1], due):
             store(f"{STAGE}{i}", start)
         for name, x in zip((INDEX, COUNT), self._listed(lists[-1], end, kv.S), strict=True):
             store(name, x)
-
-    # ---- the stages ----
-
-    def search(
-        self, groups: list[tuple[Tensor, Tensor]], k: Tensor, end: Tensor, kept: list[int], reach: int, ctx: Ctx,
-        due: int = 0, known: Tensor | None = None,
-    ) -> list[Tensor]:  # fmt: skip
-        """First slots int32 [B, R, M] of the chunks that each stage from `due` on keeps, ascending.
-
-        groups: for each stage the queries [B, Hq, R, n, D] and the last slots int [B, R, n] that they score; end: int32
-        [B, R], slots from here on are not searched; reach: chunks of the first stage; known: what stage due - 1 kept.
-        Chunks at or behind `end` are none, and come last.
-        """
-        import torch
-
-        from attnpatch.executors.lists import best
-
-        lists, start = [], known
-        for i in range(due, len(self.chunks)):
-            chunk = self.chunks[i]
-            if start is None:
-                start = torch.arange(reach, dtype=torch.int32, device=k.device) * chunk + self.sink
-                start = start.expand(*end.shape, -1)
-            else:
-                start = start[..., None] + torch.arange(0, self.chunks[i - 1], chunk, dtype=torch.int32,
-                                                        device=k.device)  # fmt: skip
-                start = start.flatten(-2)
-            if start.shape[-1] > kept[i] // chunk:
-                scores = self.scores(*groups[i], k, start, end, chunk, ctx)
-                start = start.gather(-1, best(scores, kept[i] // chunk))
-            lists.append(start)
-        return lists
-
-    def scores(
-        self, mean: Tensor, limit: Tensor, k: Tensor, start: Tensor, end: Tensor, chunk: int, ctx: Ctx
-    ) -> Tensor:
-        """fp32 [B, R, M]: the highest score of a chunk, over heads and queries, by its representatives.
-
-        start: int32 [B, R, M], chunks of `chunk` keys, -inf for those at or behind end [B, R]; others as in `search`.
-        """
-        import torch
-
-        stop, meant = end[:, None, :, None], start < end[..., None]
-        at, score = start[:, None].expand(-1, mean.shape[1], -1, -1), None  # [B, Hq, R, M]
-        code, size, place, further = self.representative == "code", chunk, None, None
-        if self.repositions and ctx.layer < INDEXED:  # the last chunk stands at 0, those before it further back
-            place = torch.arange(1, start.shape[-1] + 1, device=k.device) - meant.sum(-1, keepdim=True)
-        elif self.repositions:
-            one = torch.ones_like(limit.flatten(1)).expand(mean.shape[0], -1)
-            further = ctx.turn(mean.flatten(2, 3), one).view_as(mean)
-        if chunk == 1:
-            score = self._products(mean, limit, k, at.clamp(max=k.shape[2] - 1), ctx, place)
-        while size > 1:
-            size //= 2
-            half = torch.stack([at, at + size], dim=-1)  # [B, Hq, R, M, 2]
-            probe = torch.minimum(half + (size // 2 if code else 0), stop[..., None] - 1).clamp(min=0)
-            both = None if place is None else place.repeat_interleave(2, dim=-1)
-            found = self._products(mean, limit, k, probe.flatten(-2), ctx, both).unflatten(-1, (-1, 2))
-            left, right = found.masked_fill(half >= stop[..., None], float("-inf")).unbind(-1)
-            rival = left if further is None else self._products(further, limit, k, probe[..., 0], ctx)
-            won = (rival > right) & (half[..., 0] < stop)
-            at = torch.where(won, half[..., 0], half[..., 1])
-            top = torch.maximum(left, right) if code else torch.where(won, left, right)
-            score = top if score is None or not code else torch.maximum(score, top)
-        return score.amax(dim=1).masked_fill(~meant, float("-inf"))  # type: ignore[union-attr]
-
-    def _products(
-        self, mean: Tensor, limit: Tensor, k: Tensor, slot: Tensor, ctx: Ctx, place: Tensor | None = None
-    ) -> Tensor:
-        """[B, Hq, R, L]: highest product of the keys at slot [B, Hq, R, L] with a query that may score them.
-
-        place: int [B, R, L], positions that the keys are turned to, or None.
-        """
-        import torch
-
-        from attnpatch.executors.row_lists import take
-
-        keys = take(k, slot).to(mean.dtype)  # [B, Hq, R, L, D]
-        if place is not None:
-            keys = ctx.turn(keys.flatten(2, 3), place.clamp(max=0).flatten(1)).view_as(keys)
-        dots = mean @ keys.transpose(-1, -2)  # [B, Hq, R, n, L]
-        lowest = torch.finfo(torch.float32).min
-        return torch.where(slot[:, :, :, None] <= limit[:, None, ..., None], dots, lowest).amax(3)
 
     def _listed(self, start: Tensor, end: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """Pages int32 [B, 1, R, W], S // page behind those that count, and the count int32 [B, 1, R]."""

@@ -20,6 +20,32 @@ if TYPE_CHECKING:
     from attnpatch.engine.shards import Shard
 
 
+def raw_keys(kv: KV, ctx: Ctx) -> Tensor:
+    """The keys before their rotation [B, Hkv, S, D], kept with the layer and brought up to date."""
+    import torch
+
+    old, done = kv.rows.get(RAW), kv.plain.get(RAW, 0)
+    kv.plain[RAW] = kv.S  # slots that are there
+    batch = kv.k.shape[0]
+    if old is None or done > kv.S:
+        old, done = kv.k[:, :, :0], 0
+    if done == kv.S:
+        return old[:, :, : kv.S]
+    if old.shape[2] < kv.S:  # with room for the next ones
+        new = kv.k.new_zeros(*kv.k.shape[:2], kv.S + ROOM, kv.k.shape[3])
+        new[:, :, :done] = old[:, :, :done]
+        old = kv.rows[RAW] = new
+    if ctx.event == "step" and done == kv.S - 1:  # rows end at different slots
+        at = ctx.q_pos[:, -1:].clamp(min=0)  # [B, 1]
+        wide = at[:, None, :, None].expand(-1, kv.k.shape[1], -1, kv.k.shape[3])
+        old.scatter_(2, wide, ctx.turn(kv.k.gather(2, wide), -at))
+        return old[:, :, : kv.S]
+    done = 0 if ctx.ragged else done
+    at = torch.arange(done, kv.S, device=kv.k.device).expand(batch, -1)
+    old[:, :, done : kv.S] = ctx.turn(kv.k[:, :, done:], -at)
+    return old[:, :, : kv.S]
+
+
 @register("tokenselect")
 @dataclass
 class TokenSelect(Patch):
@@ -180,36 +206,11 @@ class TokenSelect(Patch):
         keys = kv.k
         if self.repositions:
             mean = ctx.turn(mean, torch.full_like(held[:, None], self.n_local - start))
-            keys = self._raw(kv, ctx)
+            keys = raw_keys(kv, ctx)
         near = real.sum(-1).clamp(min=self.n_local)  # [B]
         part = replace(kv, k=keys[:, :, :end])
         voted, count = self._elected(mean, part, held - near + self.n_local - 1, ctx.shard)
         return self._joined(voted, count, held, near, kv, self._near(end - start))
-
-    def _raw(self, kv: KV, ctx: Ctx) -> Tensor:
-        """The keys before their rotation [B, Hkv, S, D], kept with the layer and brought up to date."""
-        import torch
-
-        old, done = kv.rows.get(RAW), kv.plain.get(RAW, 0)
-        kv.plain[RAW] = kv.S  # slots that are there
-        batch = kv.k.shape[0]
-        if old is None or done > kv.S:
-            old, done = kv.k[:, :, :0], 0
-        if done == kv.S:
-            return old[:, :, : kv.S]
-        if old.shape[2] < kv.S:  # with room for the next ones
-            new = kv.k.new_zeros(*kv.k.shape[:2], kv.S + ROOM, kv.k.shape[3])
-            new[:, :, :done] = old[:, :, :done]
-            old = kv.rows[RAW] = new
-        if ctx.event == "step" and done == kv.S - 1:  # rows end at different slots
-            at = ctx.q_pos[:, -1:].clamp(min=0)  # [B, 1]
-            wide = at[:, None, :, None].expand(-1, kv.k.shape[1], -1, kv.k.shape[3])
-            old.scatter_(2, wide, ctx.turn(kv.k.gather(2, wide), -at))
-            return old[:, :, : kv.S]
-        done = 0 if ctx.ragged else done
-        at = torch.arange(done, kv.S, device=kv.k.device).expand(batch, -1)
-        old[:, :, done : kv.S] = ctx.turn(kv.k[:, :, done:], -at)
-        return old[:, :, : kv.S]
 
     def _chosen(self, q: Tensor, kv: KV, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """Slots int32 [B, top_k], ascending, and how many of them count [B]: new ones, or those of a like query."""
@@ -236,7 +237,7 @@ class TokenSelect(Patch):
             self._tell(kv.rows["tokens_tally"], kv, ctx)
         part = kv
         if self.repositions:
-            q, part = ctx.turn(q, self.n_local - newest[:, None]), replace(kv, k=self._raw(kv, ctx))
+            q, part = ctx.turn(q, self.n_local - newest[:, None]), replace(kv, k=raw_keys(kv, ctx))
         index, count = self._elected(q, part, newest, ctx.shard, old, like)
         kv.rows["tokens"], kv.rows["tokens_count"] = index, count
         return index, count

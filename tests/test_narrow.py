@@ -72,7 +72,7 @@ def test_the_plan_fits_and_breaks_no_word(capsys):
         assert sum(line.split()[:1] == [name] for line in table.splitlines()) == 1  # whole, and once
     for word in ("prefill", "largest", "longest", "budget", "context", "168057", "by 16384", "16.5 GiB", "16M+", "all"):
         assert word in table, word
-    assert "h2o: its own working memory" not in out and "h2o, longheads, quest" in " ".join(out.split())
+    assert "h2o: its own working memory" not in out and "h2o, infinitehip, longheads, quest" in " ".join(out.split())
 
 
 def test_the_plan_says_which_setting_makes_it_fit(capsys):

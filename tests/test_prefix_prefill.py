@@ -10,6 +10,7 @@ import math
 import pytest
 import test_flexprefill as flex
 import test_hip as hip
+import test_infinitehip as infinitehip
 import test_minference as minference
 import torch
 from oracle import CACHE, tiny
@@ -22,6 +23,7 @@ HYPER = {
     "xattention": {"block_size": 32, "stride": 8, "threshold": 0.6},
     "minference": {"vertical": 40, "slash": 100},
     "hip": {**hip.SMALL, "dense_layers": 0},
+    "infinitehip": infinitehip.SMALL,
 }
 
 
@@ -76,8 +78,18 @@ def hip_keys(q, k, prefix):
     return seen
 
 
-SPEC = {"flexprefill": flexprefill, "xattention": xattention, "minference": vertical_slash, "hip": hip_keys}
-SHORT = {"flexprefill": 32, "xattention": 64, "minference": 100, "hip": 0}  # rows up to here are dense
+def stages(q, k, prefix):
+    patch = infinitehip.InfiniteHiP(**HYPER["infinitehip"])
+    seen = torch.zeros(q.shape[0], q.shape[1], k.shape[1], dtype=torch.bool)
+    for t, keys in enumerate(infinitehip.naive_keys(q, k, patch, prefix)):
+        seen[:, t, sorted(keys)] = True
+    return seen
+
+
+SPEC = {"flexprefill": flexprefill, "xattention": xattention, "minference": vertical_slash, "hip": hip_keys,
+        "infinitehip": stages}  # fmt: skip
+SHORT = {"flexprefill": 32, "xattention": 64, "minference": 100, "hip": 0, "infinitehip": 0}
+"""Rows up to here are dense."""
 
 
 @pytest.fixture

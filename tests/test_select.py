@@ -17,6 +17,18 @@ from attnpatch.patch import Patch, list_patches, option, register
 
 SMALL = {
     "hip": {"mask_k": 32, "sliding_window": 16, "sink": 4, "dense_layers": 1, "block_size_q": 32},
+    "infinitehip": {
+        "k": 32,
+        "chunks": [32, 8],
+        "keeps": [96],
+        "strides_q": [4, 1],
+        "refresh": [4, 2],
+        "sliding_window": 16,
+        "sink": 8,
+        "wide_layers": 0,
+        "dense_up_to": 60,
+        "block_size_q": 32,
+    },
     "flexprefill": {"gamma": 0.6, "min_budget": 32, "block_size": 16},
     "xattention": {"threshold": 0.5, "stride": 4, "block_size": 32},
     "minference": {"vertical": 30, "slash": 100},
@@ -87,7 +99,7 @@ def test_sparse_prefill_then_eviction(patch):
     with attnpatch.patched(model, patch, **SMALL[patch]):
         sparse = logits(model, ids)
     evict = {"budget": 40, "window_size": 8}
-    mine = {**SMALL[patch], **({"decode": False} if patch in ("hip", "longheads") else {})}
+    mine = {**SMALL[patch], **({"decode": False} if patch in ("hip", "infinitehip", "longheads") else {})}
     with attnpatch.patched(model, f"{patch}+snapkv", **{patch: mine, "snapkv": evict}):
         cache = attnpatch.PatchCache(model)
         torch.testing.assert_close(logits(model, ids, **{CACHE: cache}), sparse)

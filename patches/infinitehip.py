@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.patches import _stages
-from attnpatch.patches.tokenselect import RAW, raw_keys
+from attnpatch.patches._raw_keys import RAW, raw_keys
 
 from attnpatch.errors import ConfigError
 from attnpatch.patch import Patch, option, register

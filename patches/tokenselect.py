@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from attnpatch.patches._raw_keys import RAW, raw_keys
+
 from attnpatch.errors import ConfigError
 from attnpatch.patch import Patch, option, register
-
-RAW, ROOM = "tokens_raw", 256
-"""Name of the keys before their rotation, and slots they may grow by before they are copied."""
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,32 +17,6 @@ if TYPE_CHECKING:
     from attnpatch.decisions import Selection
     from attnpatch.engine.call import KV, Ctx
     from attnpatch.engine.shards import Shard
-
-
-def raw_keys(kv: KV, ctx: Ctx) -> Tensor:
-    """The keys before their rotation [B, Hkv, S, D], kept with the layer and brought up to date."""
-    import torch
-
-    old, done = kv.rows.get(RAW), kv.plain.get(RAW, 0)
-    kv.plain[RAW] = kv.S  # slots that are there
-    batch = kv.k.shape[0]
-    if old is None or done > kv.S:
-        old, done = kv.k[:, :, :0], 0
-    if done == kv.S:
-        return old[:, :, : kv.S]
-    if old.shape[2] < kv.S:  # with room for the next ones
-        new = kv.k.new_zeros(*kv.k.shape[:2], kv.S + ROOM, kv.k.shape[3])
-        new[:, :, :done] = old[:, :, :done]
-        old = kv.rows[RAW] = new
-    if ctx.event == "step" and done == kv.S - 1:  # rows end at different slots
-        at = ctx.q_pos[:, -1:].clamp(min=0)  # [B, 1]
-        wide = at[:, None, :, None].expand(-1, kv.k.shape[1], -1, kv.k.shape[3])
-        old.scatter_(2, wide, ctx.turn(kv.k.gather(2, wide), -at))
-        return old[:, :, : kv.S]
-    done = 0 if ctx.ragged else done
-    at = torch.arange(done, kv.S, device=kv.k.device).expand(batch, -1)
-    old[:, :, done : kv.S] = ctx.turn(kv.k[:, :, done:], -at)
-    return old[:, :, : kv.S]
 
 
 @register("tokenselect")

@@ -13,6 +13,7 @@ from varlen import FakeVarlen
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, VersionError
 from attnpatch.executors import column_sums, dense, naive
+from attnpatch.executors.backends import first_fit
 
 DENSE = Selection()
 
@@ -228,7 +229,7 @@ def cuda_call(**change):
 def test_choice_on_cuda(change, fa4, name, monkeypatch):
     monkeypatch.setattr(dense, "_fa4", lambda varlen=False: object() if fa4 else None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    assert dense._first_fit(cuda_call(**change), None)[0] == name
+    assert first_fit(dense._WHY_NOT, cuda_call(**change), None)[0] == name
 
 
 def test_forced_backend(monkeypatch):
@@ -247,7 +248,7 @@ def test_forced_backend(monkeypatch):
 def test_forcing_a_missing_package_is_a_version_error(monkeypatch):
     monkeypatch.setattr(dense, "_fa4", lambda varlen=False: None)
     with pytest.raises(VersionError, match="pip install"):
-        dense._first_fit(cuda_call(), "fa4")
+        first_fit(dense._WHY_NOT, cuda_call(), "fa4")
 
 
 def test_backends_lists_all_with_reasons():
@@ -280,7 +281,7 @@ def test_choice_with_an_older_flash_attention(change, versions, name, monkeypatc
     monkeypatch.setattr(dense, "_fa4", lambda varlen=False: None)
     monkeypatch.setattr(dense, "_older_flash", lambda version: object() if version in versions else None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    assert dense._first_fit(cuda_call(**change), None)[0] == name
+    assert first_fit(dense._WHY_NOT, cuda_call(**change), None)[0] == name
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -16,6 +16,7 @@ from attnpatch.engine.cache import PatchCache
 from attnpatch.engine.ragged import Packed, PackedKV
 from attnpatch.errors import ConfigError, InputError, UnsupportedModeError
 from attnpatch.executors import column_sums, naive, ragged
+from attnpatch.executors.backends import ListCall
 from attnpatch.patch import _REGISTRY, EvictPatch, option, register
 
 if INTERPRETED:
@@ -401,7 +402,8 @@ def test_kernels_in_bf16(group, backend):
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )  # fmt: skip
 def test_choice_on_cuda(change, why):
-    plain = {"device": "cuda", "capability": 9, "dtype": torch.bfloat16, "dim": 128, "alike": True, "single": True,
-             "softcap": False, "want_lse": False, "grad": False}  # fmt: skip
-    found = ragged._not_flash(ragged._Call(**{**plain, **change}))
+    plain = {"device": "cuda", "capability": 9, "dtype": torch.bfloat16, "dim": 128, "alike": True, "grad": False}
+    keys = ListCall(**{name: change.get(name, value) for name, value in plain.items()})
+    asked = {"single": True, "softcap": False, "want_lse": False, **{n: x for n, x in change.items() if n not in plain}}
+    found = ragged._not_flash(ragged._Call(keys, **asked))
     assert found is None if why is None else why in found

@@ -100,9 +100,9 @@ class ListCall(NamedTuple):
 
     @classmethod
     def of(cls, q: torch.Tensor, kv: Any) -> ListCall:
-        """Of q [B, Hq, T, D] and kv with k, v [B, Hkv, S, D]."""
+        """Of q [B, Hq, T, D] and kv with k, v [..., D]."""
         k, v = kv.k, kv.v
-        alike = q.dtype == k.dtype == v.dtype and q.shape[3] == v.shape[3]
+        alike = q.dtype == k.dtype == v.dtype and q.shape[3] == v.shape[-1]
         return cls(q.device.type, capability(q.device), q.dtype, q.shape[3], alike, differentiated(q, k, v))
 
 
@@ -180,3 +180,15 @@ def first_fit(why_not: Mapping[str, Callable[[Any], str | None]], call: Any, for
             return name, "; ".join(["the fastest that fits", *passed])
         passed.append(f"not {name}: {why}")
     raise ConfigError("no attention backend fits: " + "; ".join(passed))  # unreachable: `torch` takes everything
+
+
+def first_fit_once(
+    chosen: dict[Any, tuple[str, str]], why_not: Mapping[str, Callable[[Any], str | None]], call: Any,
+    forced: str | None,
+) -> tuple[str, str]:  # fmt: skip
+    """`first_fit`, made once per kind of call, which `chosen` holds. A plain dict: torch.compile warns of lru_cache."""
+    if torch.compiler.is_compiling():
+        return first_fit(why_not, call, forced)
+    if (call, forced) not in chosen:
+        chosen[call, forced] = first_fit(why_not, call, forced)
+    return chosen[call, forced]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from attnpatch.decisions import Selection
 from attnpatch.errors import ConfigError, VersionError
-from attnpatch.executors.backends import HALF, first_fit, here
+from attnpatch.executors.backends import HALF, first_fit_once, here
 from attnpatch.executors.backends import capability as _capability
 from attnpatch.executors.backends import fa4 as _fa4
 from attnpatch.executors.backends import no_cuda_half as _no_cuda_half
@@ -288,16 +288,7 @@ _chosen: dict[tuple[_Call, str | None], tuple[str, str]] = {}
 
 
 def _decide(call: _Call, forced: str | None) -> tuple[str, str]:
-    """The choice, made once per kind of call. A plain dict: torch.compile warns of lru_cache."""
-    if torch.compiler.is_compiling():
-        return _first_fit(call, forced)
-    if (call, forced) not in _chosen:
-        _chosen[call, forced] = _first_fit(call, forced)
-    return _chosen[call, forced]
-
-
-def _first_fit(call: _Call, forced: str | None) -> tuple[str, str]:
-    return first_fit(_WHY_NOT, call, forced)
+    return first_fit_once(_chosen, _WHY_NOT, call, forced)
 
 
 def choose(q: torch.Tensor, kv: Any, ctx: Any, want_lse: bool = False) -> tuple[str, str]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from attnpatch.errors import InputError, VersionError
 from attnpatch.executors import merging, row_lists
 from attnpatch.executors import pages_torch as torch_form
-from attnpatch.executors.backends import capability, fa4, first_fit, here, no_cuda_half
+from attnpatch.executors.backends import capability, fa4, first_fit_once, here, no_cuda_half
 from attnpatch.executors.pages_torch import Result, Stripe, stripe_of
 
 RECOMPILE_LIMIT = 256
@@ -302,6 +302,8 @@ _WHY_NOT: dict[str, Callable[[_Call], str | None]] = {  # fastest first
     "triton": _not_triton,
     "torch": _not_torch,
 }
+_ASKED = {**_WHY_NOT, "flex": _not_flex}
+"""Where one is named."""
 _RUN: dict[str, Callable[[torch.Tensor, Any, Any, Any, bool], Result]] = {
     "fa4": _run_fa4,
     "fa4+triton": _run_fa4_triton,
@@ -313,11 +315,7 @@ _chosen: dict[tuple[_Call, str | None], tuple[str, str]] = {}
 
 
 def _decide(call: _Call, forced: str | None) -> tuple[str, str]:
-    """The choice, made once per kind of call."""
-    if (call, forced) not in _chosen:
-        why_not = {**_WHY_NOT, "flex": _not_flex} if forced == "flex" else _WHY_NOT
-        _chosen[call, forced] = first_fit(why_not, call, forced)
-    return _chosen[call, forced]
+    return first_fit_once(_chosen, _ASKED if forced == "flex" else _WHY_NOT, call, forced)
 
 
 def choose(q: torch.Tensor, kv: Any, selection: Any, ctx: Any, want_lse: bool = False) -> tuple[str, str]:
@@ -339,7 +337,7 @@ def backends(
         columns=False, near=False, holes=False, softcap=False, window=False, mask=False, want_lse=False,
         fine=row_lists.Call(device.type, capability(device), dtype, dim, True, False, False),
     )  # fmt: skip
-    tests = {**_WHY_NOT, "flex": _not_flex} if forced else _WHY_NOT
+    tests = _ASKED if forced else _WHY_NOT
     found = {name: why_not(call._replace(columns=name == "fa4+triton")) for name, why_not in tests.items()}
     return [(name, why is None, why or "usable") for name, why in found.items()]
 

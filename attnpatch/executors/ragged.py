@@ -14,7 +14,7 @@ import torch
 
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.executors import column_sums
-from attnpatch.executors.backends import capability, differentiated, first_fit, no_cuda_lists, not_half, too_old
+from attnpatch.executors.backends import ListCall, first_fit_once, no_cuda_lists, not_half, too_old
 from attnpatch.executors.blocks import Result
 from attnpatch.executors.column_sums import matmul, operand
 from attnpatch.executors.launching import on
@@ -26,41 +26,31 @@ PAGE = 64
 class _Call(NamedTuple):
     """All that the choice depends on."""
 
-    device: str
-    capability: int  # CUDA major version; 0 elsewhere
-    dtype: torch.dtype
-    dim: int
-    alike: bool  # q, k and v of one dtype and head dimension
+    keys: ListCall
     single: bool  # T == 1
     softcap: bool
     want_lse: bool
-    grad: bool
 
 
 def _call(q: torch.Tensor, packed: Any, ctx: Any, want_lse: bool) -> _Call:
-    return _Call(
-        device=q.device.type,
-        capability=capability(q.device),
-        dtype=q.dtype,
-        dim=q.shape[3],
-        alike=q.dtype == packed.k.dtype == packed.v.dtype and q.shape[3] == packed.v.shape[1],
-        single=q.shape[2] == 1,
-        softcap=ctx.softcap is not None,
-        want_lse=want_lse,
-        grad=differentiated(q, packed.k, packed.v),
-    )
+    return _Call(ListCall.of(q, packed), q.shape[2] == 1, ctx.softcap is not None, want_lse)
 
 
 def _not_flash(c: _Call) -> str | None:
-    if why := too_old(c.device, c.capability, 8) or not_half(c.dtype):
+    keys = c.keys
+    if why := too_old(keys.device, keys.capability, 8) or not_half(keys.dtype):
         return why
-    if c.dim % 8 or c.dim > 256 or not c.alike:
+    if keys.dim % 8 or keys.dim > 256 or not keys.alike:
         return "needs a head dimension that is a multiple of 8 up to 256, the same for keys and values"
     if not c.single:
         return "only for one query per row: the rows of a padded turn have different numbers"
-    if c.grad:
+    if keys.grad:
         return "no gradients here"
     return "no soft-capping or log-sum-exp" if c.softcap or c.want_lse else None
+
+
+def _not_triton(c: _Call) -> str | None:
+    return no_cuda_lists(c.keys)
 
 
 def _not_torch(c: _Call) -> str | None:
@@ -151,7 +141,7 @@ def _merged(logits: torch.Tensor, values: torch.Tensor, pair: torch.Tensor, pair
 
 
 _WHY_NOT: dict[str, Callable[[_Call], str | None]] = {  # fastest first
-    "triton": no_cuda_lists,  # at 128k on one H200 0.46 to 0.68 times flash's time
+    "triton": _not_triton,  # at 128k on one H200 0.46 to 0.68 times flash's time
     "flash": _not_flash,
     "torch": _not_torch,
 }
@@ -166,12 +156,7 @@ _chosen: dict[tuple[_Call, str | None], tuple[str, str]] = {}
 
 
 def _decide(call: _Call, forced: str | None) -> tuple[str, str]:
-    """The choice, made once per kind of call. A plain dict: torch.compile warns of lru_cache."""
-    if torch.compiler.is_compiling():
-        return first_fit(_WHY_NOT, call, forced)
-    if (call, forced) not in _chosen:
-        _chosen[call, forced] = first_fit(_WHY_NOT, call, forced)
-    return _chosen[call, forced]
+    return first_fit_once(_chosen, _WHY_NOT, call, forced)
 
 
 def choose(q: torch.Tensor, packed: Any, ctx: Any, want_lse: bool = False) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Keys before their rotation, for methods that give them other positions."""
+"""Keys before their rotation, and lists of them side by side, for methods that give keys other positions."""
 
 from __future__ import annotations
 
@@ -37,3 +37,22 @@ def raw_keys(kv: KV, ctx: Ctx) -> Tensor:
     at = torch.arange(done, kv.S, device=kv.k.device).expand(batch, -1)
     old[:, :, done : kv.S] = ctx.turn(kv.k[:, :, done:], -at)
     return old[:, :, : kv.S]
+
+
+def side_by_side(
+    first: int, chosen: Tensor, held: Tensor, near: Tensor | int, width: int, slots: int
+) -> tuple[Tensor, Tensor]:
+    """The first keys, the chosen ones and the last ones as lists int32 [..., M], ascending, and how many [...].
+
+    chosen: int [..., n], between both, `slots` = none; held: int [...], keys of a row; near: int [...] or one of all,
+    no more than width: its last ones. `slots` stands behind those that are meant.
+    """
+    import torch
+
+    early = (held - near).clamp(min=0)[..., None]
+    at = torch.arange(first, device=held.device).expand(*held.shape, -1)
+    late = early + torch.arange(width, device=held.device)
+    keys = torch.cat([
+        torch.where(at < early, at, slots), chosen, torch.where(late < held[..., None], late, slots)
+    ], dim=-1).sort(dim=-1).values.to(torch.int32)  # fmt: skip
+    return keys, (keys < slots).sum(-1, dtype=torch.int32)

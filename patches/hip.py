@@ -96,24 +96,22 @@ class HiP(Patch):
     def _terms(self, q: Tensor, kv: KV, ctx: Ctx, dense: int) -> Iterator[Selection]:
         """`dense`: positions that attend to everything. Lists belong to blocks at absolute multiples of the block."""
         from attnpatch.decisions import Selection
+        from attnpatch.executors import selecting
 
         end, bq = kv.k.shape[2], self.block_size_q
         first = end - q.shape[2]
         if dense > first:
             yield Selection(rows=slice(0, dense - first))
-        start = begin = max(first, dense)
+        start = max(first, dense)
         q_pos, last = self.sampled(ctx.q_pos, start, end)
-        while begin < end:
-            grid = begin // bq * bq
-            # a block that begins off the grid is a term of its own
-            stop = min(grid + (bq if begin > grid else max(1, STRIPE // bq) * bq), end)
+        for part in selecting.cut(start, end - start, bq, max(1, STRIPE // bq) * bq):
+            begin, stop = start + part.start, start + part.stop
             blocks = slice(begin // bq - start // bq, -(-stop // bq) - start // bq)
             index, count = self.pages(q, q_pos[:, blocks], last[:, blocks], kv.k, stop)
             yield Selection(
                 index, count, self.block_size_k_after_masking or self.block_size_k, bq,
                 sink=self.sink, window=self.sliding_window, rows=slice(begin - first, stop - first),
             )  # fmt: skip
-            begin = stop
 
     def sampled(self, q_pos: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Of each query block that has a position in start .. end - 1: the scored ones, and the last.

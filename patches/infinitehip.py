@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnpatch.patches import _stages
-from attnpatch.patches._raw_keys import RAW, raw_keys
+from attnpatch.patches._raw_keys import RAW, raw_keys, side_by_side
 
 from attnpatch.errors import ConfigError
 from attnpatch.patch import Patch, option, register
@@ -164,24 +164,22 @@ class InfiniteHiP(Patch):
     def _terms(self, q: Tensor, kv: KV, ctx: Ctx, dense: int) -> Iterator[Selection]:
         """`dense`: positions that attend to everything. Blocks lie at absolute multiples of their size."""
         from attnpatch.decisions import Selection
+        from attnpatch.executors import selecting
 
         end, bq, kept = kv.S, self.block_size_q, self.kept(ctx.layer)
         first = end - q.shape[2]
         if dense > first:
             yield Selection(rows=slice(0, dense - first))
-        begin, tokens = max(first, dense), ctx.q_pos.amax(dim=1, keepdim=True) + 1  # [B, 1]
+        start, tokens = max(first, dense), ctx.q_pos.amax(dim=1, keepdim=True) + 1  # [B, 1]
         keys = raw_keys(kv, ctx) if self.repositions else kv.k
-        while begin < end:
-            grid = begin // bq * bq
-            # a block that begins off the grid is a term of its own
-            stop = min(grid + (bq if begin > grid else max(1, STRIPE // bq) * bq), end)
+        for part in selecting.cut(start, end - start, bq, max(1, STRIPE // bq) * bq):
+            begin, stop = start + part.start, start + part.stop
             rows = slice(begin - first, stop - first)
             index, count = self.pages(q[:, :, rows], keys, begin, tokens, kept, ctx)
             if self.repositions:
                 yield from self._blocks(index, count, begin, stop, first, tokens, end)
             else:
                 yield self._selection(index, count, bq, self.sliding_window, rows)
-            begin = stop
         if self.repositions and not self.decode and ctx.event == "prompt":
             kv.rows.pop(RAW, None)  # a later turn makes them anew
 
@@ -217,17 +215,12 @@ class InfiniteHiP(Patch):
         import torch
 
         page, device = self.chunks[-1], index.device
-        early = (held - near).clamp(min=0)[..., None]
         far = (index[:, 0, ..., None] * page + torch.arange(page, device=device)).flatten(-2)
         meant = torch.arange(index.shape[3], device=device) < count[:, 0, :, None]
-        meant = meant.repeat_interleave(page, dim=-1) & (far >= self.sink)
-        sink = torch.arange(self.sink, device=device).expand(*held.shape, -1)
-        late = early + torch.arange(width, device=device)
-        keys = torch.cat([
-            torch.where(sink < early, sink, slots), torch.where(meant & (far < early), far, slots),
-            torch.where(late < held[..., None], late, slots),
-        ], dim=-1).sort(dim=-1).values.to(torch.int32)  # fmt: skip
-        return keys[:, None], (keys < slots).sum(-1, dtype=torch.int32)[:, None]
+        early = (held - near).clamp(min=0)[..., None]
+        meant = meant.repeat_interleave(page, dim=-1) & (far >= self.sink) & (far < early)
+        keys, count = side_by_side(self.sink, torch.where(meant, far, slots), held, near, width, slots)
+        return keys[:, None], count[:, None]
 
     def pages(
         self, q: Tensor, k: Tensor, begin: int, tokens: Tensor, kept: list[int], ctx: Ctx
@@ -239,26 +232,25 @@ class InfiniteHiP(Patch):
         """
         import torch
 
+        from attnpatch.executors import selecting
         from attnpatch.executors.column_sums import MAX_BLOCK, compute_dtype
 
         bq, (batch, heads, total, dim) = self.block_size_q, q.shape
         reach = max(1, -(-(begin + total - self.sliding_window - self.sink) // self.chunks[0]))  # chunks of stage 1
         most = [reach, *(a // c for a, c in zip(kept, self.chunks[1:], strict=False))]
         width = max(2 * m * max(dim, bq // s) for m, s in zip(most, self.strides_q, strict=True))
-        step, found, at = max(1, MAX_BLOCK // (batch * heads * width)) * bq, [], 0
-        while at < total:
-            stop = min((begin + at) // bq * bq + step - begin, total)
-            part = q[:, :, at:stop]
+        step, found = max(1, MAX_BLOCK // (batch * heads * width)) * bq, []
+        for rows in selecting.cut(begin, total, bq, step):
+            part = q[:, :, rows]
             if self.repositions:
-                near = self.sliding_window - begin - torch.arange(at, stop, device=q.device)
+                near = self.sliding_window - begin - torch.arange(rows.start, rows.stop, device=q.device)
                 part = ctx.turn(part.to(compute_dtype(q)), near.expand(batch, -1))
-            groups = [self.means(part, begin + at, tokens, s) for s in self.strides_q]
+            groups = [self.means(part, begin + rows.start, tokens, s) for s in self.strides_q]
             last = groups[0][1].amax(dim=-1)  # [B, R]
             end = (last + 1 - self.sliding_window).to(torch.int32)
             parts = [(mean, seen - self.sliding_window) for mean, seen in groups]
             (*_, start) = _stages.search(self, parts, k, end, kept, reach, ctx)
             found.append(self._listed(start, end, k.shape[2]))
-            at = stop
         index, count = zip(*found, strict=True)
         return torch.cat(index, dim=2), torch.cat(count, dim=2)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from attnpatch.patches._raw_keys import RAW, raw_keys
+from attnpatch.patches._raw_keys import RAW, raw_keys, side_by_side
 
 from attnpatch.errors import ConfigError
 from attnpatch.patch import Patch, option, register
@@ -122,15 +122,9 @@ class TokenSelect(Patch):
         """
         import torch
 
-        early = (held - near).clamp(min=0)[:, None]
-        first = torch.arange(min(self.n_init, kv.S), device=held.device).expand(len(held), -1)
-        late = early + torch.arange(width or self.n_local, device=held.device)
         meant = torch.arange(self.top_k, device=held.device) < count[:, None]
-        index = torch.cat([
-            torch.where(first < early, first, kv.S), torch.where(meant, voted, kv.S),
-            torch.where(late < held[:, None], late, kv.S),
-        ], dim=-1).sort(dim=-1).values.to(torch.int32)  # fmt: skip
-        return index, (index < kv.S).sum(-1, dtype=torch.int32)
+        chosen = torch.where(meant, voted, kv.S)
+        return side_by_side(min(self.n_init, kv.S), chosen, held, near, width or self.n_local, kv.S)
 
     def _ends(self, first: int, stop: int) -> list[int]:
         """Ends of the chunks of the tokens first .. stop - 1; they lie at absolute multiples of `chunk`."""

@@ -95,19 +95,28 @@ def real_pairs(end: torch.Tensor, block: int, first: int, last: int) -> torch.Te
     return ((j <= i) & (i * block < end[:, None, None]))[:, None]
 
 
+def cut(start: int, rows: int, block: int, step: int) -> Iterator[slice]:
+    """Slices of `rows` queries from position `start`, of `step` each, a multiple of block.
+
+    Query blocks lie at absolute multiples of `block`: a partial first block is a slice of its own.
+    """
+    at = 0
+    while at < rows:
+        stop = min(at + (-(start + at) % block or step), rows)
+        yield slice(at, stop)
+        at = stop
+
+
 def stripes(start: int, rows: int, block: int, lists: int) -> Iterator[tuple[slice, int, int]]:
     """(rows of the call, first block, end block) of stripes that cover `rows` queries from position `start`.
 
-    Query blocks lie at absolute multiples of `block`: a partial first block is a stripe of its own. lists: how many
-    lists a query block has (batch rows * heads); a stripe's map over all key blocks stays within half of
-    MAX_BLOCK elements: what it is made from lies beside it, and the lists of the stripe before.
+    They are those of `cut`. lists: how many lists a query block has (batch rows * heads); a stripe's map over all key
+    blocks stays within half of MAX_BLOCK elements: what it is made from lies beside it, and the lists of the stripe
+    before.
     """
     fits = column_sums.MAX_BLOCK // 2 // (lists * -(-(start + rows) // block))
-    step, at = max(1, min(fits, MAX_ROWS // block)) * block, 0
-    while at < rows:
-        stop = min(at + (-(start + at) % block or step), rows)
-        yield slice(at, stop), (start + at) // block, -(-(start + stop) // block)
-        at = stop
+    for part in cut(start, rows, block, max(1, min(fits, MAX_ROWS // block)) * block):
+        yield part, (start + part.start) // block, -(-(start + part.stop) // block)
 
 
 def head_slices(heads: int, each: int) -> list[slice]:

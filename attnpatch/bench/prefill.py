@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hip": {"dense_layers": 0},
     "sale": {},
     "hyperattention": {},
+    "infinitehip": {"wide_layers": 0},
 }
 HEADS = {"cuda": (32, 8, 128), "cpu": (8, 4, 64)}  # query heads, KV heads, head dimension
 FULL, CPU, QUICK = (8192, 32768, 131072), (16384,), (600, 1300)

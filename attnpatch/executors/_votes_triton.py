@@ -86,21 +86,23 @@ def _logits(
     tl.store(MASS + at, mass, mask=m < ROWS)
 
 
-@triton.jit(do_not_specialize=["slots", "first", "parts", "late", "room"])
+@triton.jit(do_not_specialize=["width", "slots", "first", "parts", "late", "room"])
 def _reduce(
     LOGITS, TOP, MASS, END, SKIP, OUT, BINS, end_batch, width, slots, first, late, parts, outs, room,
     CHAINED: tl.constexpr,
     HEADS: tl.constexpr, H: tl.constexpr, N: tl.constexpr, CUTS: tl.constexpr, KIND: tl.constexpr,
     HAS_SKIP: tl.constexpr, HAS_MASS: tl.constexpr, HAS_ZERO: tl.constexpr, COUNT: tl.constexpr,
-    DIGITS: tl.constexpr, ROOMY: tl.constexpr, LOAD: tl.constexpr,
+    DIGITS: tl.constexpr, UNIT: tl.constexpr, LOAD: tl.constexpr,
 ):  # fmt: skip
     """OUT fp32 [B, outs, slots]: sum, max or mean of the probabilities of the HEADS query heads of each.
 
-    LOGITS fp32 [B * Hq, width]; ROOMY: whole blocks of N may be read of a row, so that loads need no mask and are wide.
+    LOGITS fp32 [B * Hq, width * UNIT]; where UNIT is not 1 it is N: whole blocks may be read of a row, so that loads
+    need no mask and are wide.
     Without HAS_MASS, TOP is the log-sum-exp of each part. BINS int32 [B * outs, room], those of `top_slots`, are set
     to 0, or the scores counted in their first DIGITS.
     """
     follow(CHAINED)
+    width *= UNIT  # so that the compiler knows what divides it, without being asked at each step's own number of keys
     batch, out = tl.program_id(1) // outs, tl.program_id(1).to(tl.int64)
     if HAS_SKIP:
         if tl.load(SKIP + batch) != 0:
@@ -118,7 +120,7 @@ def _reduce(
     if HAS_MASS:
         mass = tl.load(MASS + row * parts + c[None, :], mask=some, other=0.0)
     there = (h < HEADS)[:, None]
-    if not ROOMY:
+    if UNIT == 1:
         there = there & inside[None, :]
     logits = tl.load(LOGITS + row * width + slot[None, :], mask=there, other=0.0, eviction_policy=LOAD)  # [H, N]
     highest = tl.max(top, 1)
@@ -166,6 +168,7 @@ def launch(
     per = heads // outs
     tall = power_of_2(per)
     block = max(64, min(1024, 16384 // tall))
+    unit = 1 if known else block
     if known:
         if count:
             bins.zero_()
@@ -186,9 +189,9 @@ def launch(
             **marks, **sizes,
         )  # fmt: skip
     _reduce[(-(-slots // block), batch * outs)](
-        logits, top, mass, end, flag, out, bins, end.stride(0), width, slots, first, late, parts, outs, room,
+        logits, top, mass, end, flag, out, bins, end.stride(0), width // unit, slots, first, late, parts, outs, room,
         HEADS=per, H=tall, N=block, CUTS=power_of_2(parts), KIND=reduce, HAS_MASS=not known,
-        HAS_ZERO=bool(known) and zero is not None and not count, COUNT=count, DIGITS=DIGITS, ROOMY=not known,
+        HAS_ZERO=bool(known) and zero is not None and not count, COUNT=count, DIGITS=DIGITS, UNIT=unit,
         LOAD="evict_first" if held else "", **marks, num_warps=8 if tall * block > 8192 else 4,
     )  # fmt: skip
     return out

@@ -6,9 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attnpatch.patches.infinitehip import InfiniteHiP
 from interpreter import DEVICE, FORMS, HALF, INTERPRETED, mend_interpreter, needs_triton, run_interpreted
 from test_decode_select import turned
+from test_hip import problem as hip_problem
+from test_infinitehip import SMALL
 
+from attnpatch.engine.call import KV
 from attnpatch.errors import ConfigError
 from attnpatch.executors import backends, chunk_scores, column_sums
 
@@ -219,6 +223,30 @@ def test_keys_turned_to_places():
     real = expected > float("-inf")
     assert torch.equal(real, found > float("-inf"))
     torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=0)
+
+
+# ---- in the method ----
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "change", [{}, {"representative": "paper", "strides_q": [1, 4, 2]}, {"positions": "streaming"}],
+    ids=["plain", "paper", "streaming"],
+)  # fmt: skip
+def test_infinitehip_selects_alike(form, change, monkeypatch):
+    name, device = form
+    patch = InfiniteHiP(**{**SMALL, **change})
+    if device == "cuda" and patch.repositions:
+        pytest.skip("turned keys are no whole numbers, and near ties may be rounded otherwise")
+    q, kv, ctx = hip_problem(101, 101, batch=2, lengths=[101, 66], dim=16)
+    q, kv = q.to(device), KV(kv.k.to(device), kv.v.to(device), kv.pos.to(device), True)
+    ctx.q_pos, ctx.layer, ctx.turn = ctx.q_pos.to(device), 3, turned
+    found = []
+    for backend in (name, "torch"):
+        monkeypatch.setattr(chunk_scores, "choose", lambda *args, backend=backend: (backend, "compared"))
+        found.append(list(patch.select(q, kv, ctx))[1:])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a.index, b.index) and torch.equal(a.count, b.count)
 
 
 # ---- the choice ----

@@ -46,7 +46,7 @@ def search(
 
 
 def _scores(
-    patch: InfiniteHiP, mean: Tensor, limit: Tensor, k: Tensor, start: Tensor, end: Tensor, chunk: int, ctx: Ctx
+    patch: InfiniteHiP, q: Tensor, limit: Tensor, k: Tensor, start: Tensor, end: Tensor, chunk: int, ctx: Ctx
 ) -> Tensor:
     """fp32 [B, R, M]: the highest score of a chunk, over heads and queries, by its representatives.
 
@@ -54,43 +54,17 @@ def _scores(
     """
     import torch
 
-    stop, meant = end[:, None, :, None], start < end[..., None]
-    at, score = start[:, None].expand(-1, mean.shape[1], -1, -1), None  # [B, Hq, R, M]
-    code, size, place, further = patch.representative == "code", chunk, None, None
+    from attnpatch.executors import chunk_scores
+
+    further = turn = place = None
     if patch.repositions and ctx.layer < INDEXED:  # the last chunk stands at 0, those before it further back
-        place = torch.arange(1, start.shape[-1] + 1, device=k.device) - meant.sum(-1, keepdim=True)
+        meant = (start < end[..., None]).sum(-1, keepdim=True)
+        place = (torch.arange(1, start.shape[-1] + 1, device=k.device) - meant).clamp(max=0)
+        turn = ctx.turn
     elif patch.repositions:
-        one = torch.ones_like(limit.flatten(1)).expand(mean.shape[0], -1)
-        further = ctx.turn(mean.flatten(2, 3), one).view_as(mean)
-    if chunk == 1:
-        score = _products(mean, limit, k, at.clamp(max=k.shape[2] - 1), ctx, place)
-    while size > 1:
-        size //= 2
-        half = torch.stack([at, at + size], dim=-1)  # [B, Hq, R, M, 2]
-        probe = torch.minimum(half + (size // 2 if code else 0), stop[..., None] - 1).clamp(min=0)
-        both = None if place is None else place.repeat_interleave(2, dim=-1)
-        found = _products(mean, limit, k, probe.flatten(-2), ctx, both).unflatten(-1, (-1, 2))
-        left, right = found.masked_fill(half >= stop[..., None], float("-inf")).unbind(-1)
-        rival = left if further is None else _products(further, limit, k, probe[..., 0], ctx)
-        won = (rival > right) & (half[..., 0] < stop)
-        at = torch.where(won, half[..., 0], half[..., 1])
-        top = torch.maximum(left, right) if code else torch.where(won, left, right)
-        score = top if score is None or not code else torch.maximum(score, top)
-    return score.amax(dim=1).masked_fill(~meant, float("-inf"))  # type: ignore[union-attr]
-
-
-def _products(mean: Tensor, limit: Tensor, k: Tensor, slot: Tensor, ctx: Ctx, place: Tensor | None = None) -> Tensor:
-    """[B, Hq, R, L]: highest product of the keys at slot [B, Hq, R, L] with a query that may score them.
-
-    place: int [B, R, L], positions that the keys are turned to, or None.
-    """
-    import torch
-
-    from attnpatch.executors.row_lists import take
-
-    keys = take(k, slot).to(mean.dtype)  # [B, Hq, R, L, D]
-    if place is not None:
-        keys = ctx.turn(keys.flatten(2, 3), place.clamp(max=0).flatten(1)).view_as(keys)
-    dots = mean @ keys.transpose(-1, -2)  # [B, Hq, R, n, L]
-    lowest = torch.finfo(torch.float32).min
-    return torch.where(slot[:, :, :, None] <= limit[:, None, ..., None], dots, lowest).amax(3)
+        one = torch.ones_like(limit.flatten(1)).expand(q.shape[0], -1)
+        further = ctx.turn(q.flatten(2, 3), one).view_as(q)
+    return chunk_scores.run(
+        q, limit, k, start, end, chunk=chunk, middle=patch.representative == "code", further=further, turn=turn,
+        place=place,
+    )  # fmt: skip

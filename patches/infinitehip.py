@@ -238,17 +238,17 @@ class InfiniteHiP(Patch):
         bq, (batch, heads, total, dim) = self.block_size_q, q.shape
         reach = max(1, -(-(begin + total - self.sliding_window - self.sink) // self.chunks[0]))  # chunks of stage 1
         most = [reach, *(a // c for a, c in zip(kept, self.chunks[1:], strict=False))]
-        width = max(2 * m * max(dim, bq // s) for m, s in zip(most, self.strides_q, strict=True))
-        step, found = max(1, MAX_BLOCK // (batch * heads * width)) * bq, []
-        for rows in selecting.cut(begin, total, bq, step):
+        each = batch * max(heads * bq * dim, 4 * max(most))  # queries in fp32, scores and their order
+        found = []
+        for rows in selecting.cut(begin, total, bq, max(1, MAX_BLOCK // each) * bq):
             part = q[:, :, rows]
             if self.repositions:
                 near = self.sliding_window - begin - torch.arange(rows.start, rows.stop, device=q.device)
                 part = ctx.turn(part.to(compute_dtype(q)), near.expand(batch, -1))
-            groups = [self.means(part, begin + rows.start, tokens, s) for s in self.strides_q]
-            last = groups[0][1].amax(dim=-1)  # [B, R]
+            groups = {s: self.means(part, begin + rows.start, tokens, s) for s in set(self.strides_q)}
+            last = groups[self.strides_q[0]][1].amax(dim=-1)  # [B, R]
             end = (last + 1 - self.sliding_window).to(torch.int32)
-            parts = [(mean, seen - self.sliding_window) for mean, seen in groups]
+            parts = [(groups[s][0], groups[s][1] - self.sliding_window) for s in self.strides_q]
             (*_, start) = _stages.search(self, parts, k, end, kept, reach, ctx)
             found.append(self._listed(start, end, k.shape[2]))
         index, count = zip(*found, strict=True)
@@ -257,7 +257,8 @@ class InfiniteHiP(Patch):
     def means(self, q: Tensor, begin: int, tokens: Tensor, stride: int) -> tuple[Tensor, Tensor]:
         """Means of `stride` neighbouring real queries of each block, [B, Hq, R, n, D], and the last's position.
 
-        q, begin, tokens as in `pages`; means are fp32 (fp64 for fp64), positions int [B, R, n], -1 = none real.
+        q, begin, tokens as in `pages`; means are fp32 (fp64 for fp64), positions int [B, R, n], -1 = none real. At
+        stride 1 queries stay as they are, also those that are not real.
         """
         import torch
         from torch.nn.functional import pad
@@ -269,11 +270,13 @@ class InfiniteHiP(Patch):
         tail = -(head + rows) % bq
         at = torch.arange(begin - head, begin + rows + tail, device=q.device)
         real = (at >= begin) & (at < tokens.clamp(max=begin + rows))  # [B, N]
-        x = pad(q.to(compute_dtype(q)), (0, 0, head, tail)).masked_fill(~real[:, None, :, None], 0.0)
-        shape = (-1, bq // stride, stride)
+        x, shape = pad(q, (0, 0, head, tail)) if head or tail else q, (-1, bq // stride, stride)
+        seen = torch.where(real, at, -1).unflatten(1, shape).amax(-1)
+        if stride == 1:
+            return x.unflatten(2, (-1, bq)), seen
         number = real.unflatten(1, shape).sum(-1).clamp(min=1)  # [B, R, n]
-        mean = x.unflatten(2, shape).sum(4) / number[:, None, ..., None]
-        return mean, torch.where(real, at, -1).unflatten(1, shape).amax(-1)
+        x = x.masked_fill(~real[:, None, :, None], 0.0).unflatten(2, shape)
+        return x.sum(4, dtype=compute_dtype(q)) / number[:, None, ..., None], seen
 
     # ---- decode steps ----
 
@@ -315,9 +318,10 @@ class InfiniteHiP(Patch):
         if due == 0:
             store(END, (ctx.q_pos + 1 - self.sliding_window).to(torch.int32))
         end = kv.rows[END]  # [B, 1]
-        query, keys = q.to(compute_dtype(q)), kv.k
+        query, keys = q, kv.k
         if self.repositions:
-            query, keys = ctx.turn(query, self.sliding_window - ctx.q_pos), raw_keys(kv, ctx)
+            query = ctx.turn(q.to(compute_dtype(q)), self.sliding_window - ctx.q_pos)
+            keys = raw_keys(kv, ctx)
         part = query[:, :, :, None], end[..., None] - 1  # [B, Hq, 1, 1, D], [B, 1, 1]
         reach = max(1, -(-(kv.S - self.sliding_window - self.sink) // self.chunks[0]))
         known = kv.rows[f"{STAGE}{due - 1}"] if due else None

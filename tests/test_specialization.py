@@ -13,7 +13,7 @@ from interpreter import mend_interpreter, needs_triton, run_interpreted
 
 import attnpatch
 from attnpatch.bench.shapes import random_model
-from attnpatch.executors import gather_decode, likeness, page_bounds, pooled, top_slots, votes, weakest
+from attnpatch.executors import chunk_scores, gather_decode, likeness, page_bounds, pooled, top_slots, votes, weakest
 
 CASES = {
     "quest": {"budget": 48, "page_size": 8, "dense_layers": 0},
@@ -22,6 +22,10 @@ CASES = {
     "hip": {
         "mask_k": 16, "block_size_q": 8, "stride_q": 2, "sliding_window": 8, "sink": 4, "dense_layers": 0,
         "refresh": 4,
+    },
+    "infinitehip": {
+        "k": 12, "chunks": [8, 4, 2], "keeps": [48, 24], "strides_q": [4, 2, 1], "block_size_q": 8, "sliding_window": 8,
+        "sink": 4, "wide_layers": 0, "dense_up_to": 0, "refresh": [1, 1, 1],
     },
 }  # fmt: skip
 
@@ -58,7 +62,7 @@ def interpreted() -> None:
 
     InterpretedFunction.run = run
     gather_decode._decide = lambda call, forced: ("triton", "watched")
-    for executor in (likeness, page_bounds, pooled, top_slots, votes, weakest):
+    for executor in (chunk_scores, likeness, page_bounds, pooled, top_slots, votes, weakest):
         executor.choose = lambda *args: ("triton", "watched")
     _top_slots_triton.SHORT = 32
     model = random_model("tiny", dtype=torch.float32, device="cpu")

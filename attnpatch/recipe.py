@@ -198,7 +198,10 @@ def parse_setting(text: str) -> tuple[str, Any]:
     except yaml.YAMLError:
         raise ConfigError(f"--set {text!r}: the value is not a YAML scalar; put quotes around it.") from None
     if not isinstance(value, _SCALARS):
-        raise ConfigError(f"--set {text!r}: the value must be a number, true, false or text.")
+        raise ConfigError(
+            f"--set {text!r}: the value must be a number, true, false or text; a list goes into a "
+            "recipe, which attnpatch recipe new begins."
+        )
     if isinstance(value, str) and not raw.strip().startswith(("'", '"')):
         with suppress(ValueError):  # text that is no number stays text
             value = float(value)  # YAML reads 1e-3 as text

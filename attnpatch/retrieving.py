@@ -58,7 +58,7 @@ def text_blocks(text: Any) -> tuple[Iterator[str], int | None]:
 
 
 def _file_blocks(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         yield from stream_blocks(file, str(path))
 
 

@@ -92,7 +92,7 @@ def split(samples: Sequence[Sample], count: int | None, held_out: float, seed: i
 def _lines(path: Path) -> Iterator[str]:
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             yield from file
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error):
         raise InputError(f"{path} is not UTF-8 text{' in gzip' if path.suffix == '.gz' else ''}.") from None

@@ -96,6 +96,8 @@ class Log:
         settings = json.loads(json.dumps(settings))  # as they come back from the file
         whole = self._read() if self.path.exists() else b""
         lines = whole.splitlines()
+        if len(lines) == 1 and self._differing(lines[0], settings):  # nothing was measured with those, so begin anew
+            lines, whole = [], b""
         if lines:
             self._compare(lines[0], settings)
             for number, line in enumerate(lines[1:], 2):
@@ -114,16 +116,20 @@ class Log:
         data = self.path.read_bytes()
         return data[: data.rfind(b"\n") + 1]
 
-    def _compare(self, line: bytes, settings: dict[str, Any]) -> None:
+    def _differing(self, line: bytes, settings: dict[str, Any]) -> list[str]:
+        """What the log was begun with where that is not `settings`, in words."""
         try:
-            before = json.loads(line)["settings"]
-            names = [n for n in {**before, **settings} if before.get(n) != settings.get(n)]
+            before, now = _flat(json.loads(line)["settings"]), _flat(settings)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{self.path} is damaged (line 1); delete it, or name another folder.") from None
-        if names:
-            other = ", ".join(f"{n} {_short(before.get(n))} instead of {_short(settings.get(n))}" for n in names)
+        names = [n for n in {**before, **now} if before.get(n) != now.get(n)]
+        return [f"{n} {_short(before.get(n))} instead of {_short(now.get(n))}" for n in names]
+
+    def _compare(self, line: bytes, settings: dict[str, Any]) -> None:
+        if other := self._differing(line, settings):
+            listed = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
             raise ConfigError(
-                f"{self.path} was begun with other settings ({other}); use those to go on, or name another folder."
+                f"{self.path} was begun with other settings ({listed}); use those to go on, or name another folder."
             )
 
     def _take(self, number: int, line: bytes) -> None:
@@ -146,6 +152,12 @@ class Log:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a dict each under a name of its own, such as "settings grid"."""
+    parts = [{f"{n} {k}": v for k, v in x.items()} if isinstance(x, dict) else {n: x} for n, x in settings.items()]
+    return {n: x for part in parts for n, x in part.items()}
 
 
 def _short(value: Any) -> str:

@@ -37,6 +37,7 @@ LONG = 60
 
 def cell(value: Any) -> str:
     """A value in a table."""
+    value = list(value) if isinstance(value, tuple) else value  # as recipes write it
     text = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
 

@@ -161,7 +161,7 @@ class CAKE(EvictPatch):
         if ctx.last_layer:
             for j in range(ctx.n_layers):  # no longer needed: decoding looks at the current query alone
                 state = ctx.at(j).state
-                del state["indicator"], state["preference"]
+                del state["indicator"], state["preference"], state["room"]
 
     def score(self, kv: KV, ctx: Ctx) -> None:
         """Store the layer's preference [B] and its entries' indicator [B, Hkv, S] (CAKE steps 2-4)."""
@@ -184,12 +184,14 @@ class CAKE(EvictPatch):
         pooled = F.avg_pool1d(indicator, 5, 1, 2)  # zero padding counts, as in the reference
         kv.state["preference"] = preference
         kv.state["indicator"] = column_sums.group_mean(pooled, kv.k.shape[1])
-        kv.plain["room"], kv.plain["shares"] = kv.S, None
+        kv.state["room"] = (kv.pos >= 0).sum(-1).amax(1)  # [B] entries of each row
+        kv.plain["shares"] = None
 
     def capacities(self, ctx: Ctx) -> list[list[int]]:
         """Entries that each layer so far may hold, by row [B][layers], window included (CAKE step 5)."""
         window, so_far = self.window_size, [ctx.at(j) for j in range(ctx.layer + 1)]
-        preference = [view.state["preference"].tolist() for view in so_far]  # [layers][B]; waits, at a prompt
+        # [layers][B]; waits, at a prompt
+        preference, room = ([view.state[name].tolist() for view in so_far] for name in ("preference", "room"))
         split = divided if self.allocation == "exact" else divided_as_reference
         rows = []
         for b, (n, mean) in enumerate(zip(ctx.prompt_len, ctx.capacity(self.budget), strict=True)):
@@ -197,7 +199,7 @@ class CAKE(EvictPatch):
             if n <= mean:
                 rows.append([mean] * len(so_far))
                 continue
-            caps = [max(1, min(n, view.plain["room"]) - window) for view in so_far]
+            caps = [max(1, min(n, held[b]) - window) for held in room]
             shares = split([p[b] for p in preference], (mean - window) * ctx.n_layers, caps)
             rows.append([share + window for share in shares])
         return rows

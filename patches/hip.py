@@ -87,7 +87,8 @@ class HiP(Patch):
         if ctx.softcap is not None or ctx.layer < self.dense_layers:
             return None
         if ctx.event == "step":
-            return None if kv.S <= self.short else self._step(q, kv, ctx)
+            return self._step(q, kv, ctx)
+        kv.plain.pop("hip_slots", None)
         slots, bq = kv.k.shape[2], self.block_size_q
         if slots <= max(self.short, self.num_dense_queries):
             return None
@@ -131,22 +132,26 @@ class HiP(Patch):
         at[..., 0] = torch.where(at.amax(dim=-1) < 0, last, at[..., 0])  # cut too short to have one
         return at, last
 
-    def _step(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection:
-        """The lists of one new token in each row, from a search at most `refresh` - 1 steps ago."""
+    def _step(self, q: Tensor, kv: KV, ctx: Ctx) -> Selection | None:
+        """The lists of one new token in each row, from a search at most `refresh` - 1 steps ago; None = dense."""
         import torch
 
         from attnpatch.decisions import Selection
 
         old, age = kv.rows.get("hip_index"), kv.plain.get("hip_age", 0) + 1
-        known = old is not None and kv.plain["hip_slots"] == kv.S - 1  # no token came without a step
-        if not known or age >= self.refresh:
+        known = kv.plain.get("hip_slots") == kv.S - 1  # no token came without a step
+        age = age if known and age < self.refresh else 0
+        kv.plain["hip_age"], kv.plain["hip_slots"] = age, kv.S
+        # a short row is dense up to the next search, as it is beside a long one that sets the steps of searches
+        if old is None and (age or kv.S <= self.short):
+            return None
+        if age == 0:
             index, count = self.pages(q, ctx.q_pos[:, None], ctx.q_pos, kv.k, kv.S)  # [B, Hq, 1, W]
             if old is not None and known and kv.holes:  # a row without a token in this step keeps its list
                 none = (ctx.q_pos < 0)[:, None]  # [B, 1, 1]
                 index = torch.where(none[..., None], old, index)
                 count = torch.where(none, kv.rows["hip_count"], count)
-            kv.rows["hip_index"], kv.rows["hip_count"], age = index, count, 0
-        kv.plain["hip_age"], kv.plain["hip_slots"] = age, kv.S
+            kv.rows["hip_index"], kv.rows["hip_count"] = index, count
         return Selection(
             kv.rows["hip_index"], kv.rows["hip_count"], self.block_size_k_after_masking or self.block_size_k,
             sink=self.sink, window=self.sliding_window + age,

@@ -75,6 +75,8 @@ class InfiniteHiP(Patch):
     stage = "prefill"
 
     def __post_init__(self) -> None:
+        if self.positions is True:  # as YAML and --set read the word
+            self.positions = "true"
         super().__post_init__()
         self.chunks = self._numbers("chunks", None)
         stages = len(self.chunks)

@@ -219,7 +219,7 @@ class MInference(Patch):
         for rows, first, last in selecting.stripes(cut, kv.S - cut, BLOCK, q.shape[0]):
             block = first + _arange(last - first, q)
             dense = ((block + 1) * BLOCK > late) & (block * BLOCK < end[:, None])  # [B, R]
-            pages = _arange(last, q).to(torch.int32).expand(1, 1, last - first, last)
+            pages = _arange(last, q).to(torch.int32).expand(q.shape[0], 1, last - first, last)
             yield Selection(
                 index=pages, count=torch.where(dense, block + 1, 0).to(torch.int32)[:, None], page=BLOCK, bq=BLOCK,
                 sink=self.sink, window=self.window, rows=slice(rows.start + cut - start, rows.stop + cut - start),

@@ -118,6 +118,11 @@ def test_a_quality_run_goes_on_and_gives_the_same(tmp_path, capsys):
         quality.taken_up(board.Run([], []), part, {"what": "testbed"})
 
 
+def test_a_haystack_is_named_by_its_texts():
+    names = [quality.haystack(books) for books in (None, ["one", "two"], ["two", "one"], ["onetwo"])]
+    assert len(set(names)) == 4 and names[1].startswith("2 text files, sha256 ")
+
+
 def test_all_methods_of_a_quality_run():
     names = quality.everything()
     assert {"snapkv", "adakv", "flexprefill", "quest", "tokenselect"} <= set(names)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from attnpatch.patches.cake import CAKE, divided, divided_as_reference
 from oracle import CACHE, Oracle, positions, run_both, tiny
+from test_engine_modes import padded_turns
 from test_methods import feed, held, left_padded, naive_attention, prompt, qkv
 
 import attnpatch
@@ -305,6 +306,20 @@ def test_padded_rows_have_shares_of_their_own():
             one = attnpatch.PatchCache(model)
             single = model.generate(ids[row : row + 1, start:], max_new_tokens=6, do_sample=False, **{CACHE: one})
             assert torch.equal(out[row, 40:], single[0, 40 - start :]) and held(both, row) == held(one)
+
+
+@pytest.mark.parametrize("allocation", ["exact", "reference"])
+def test_padded_rows_have_shares_of_their_own_at_a_later_turn_too(allocation):
+    """A share is capped by what the row itself holds, not by what a longer row beside it does."""
+    first, later = torch.ones(2, 40).long(), torch.ones(2, 12).long()
+    first[1, :25], later[1, :5] = 0, 0
+    feeds, mask = [(prompt(2), first, first[1].bool())], torch.cat([first, later], 1)
+    feeds.append((prompt(2, 12, seed=6), mask, later[1].bool()))
+    hyper = {"budget": 0.45, "window_size": 4, "allocation": allocation, "tau2": 0.3}
+    with attnpatch.patched(tiny("llama"), "cake", **hyper) as model, torch.no_grad():
+        cache, alone = attnpatch.PatchCache(model), attnpatch.PatchCache(model)
+        assert padded_turns(model, cache, alone, feeds) < 5e-5
+        assert held(cache, 1) == held(alone)
 
 
 def test_later_turns_hold_the_budget():

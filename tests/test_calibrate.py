@@ -325,10 +325,12 @@ def test_an_interrupted_calibration_goes_on(tmp_path):
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     samples, model = labelled(12), tiny("llama")
     call = {"search": "unsupervised", "grid": "2"}
-    calibrate(model, Words(), "zerotuning", samples, tmp_path / "a", **call)
+    with pytest.raises(ConfigError, match="layer 40 cannot be patched"):  # before the first trial, so it binds nobody
+        calibrate(model, Words(), "zerotuning", samples, tmp_path / "a", layers="40", **call)
+    assert calibrate(model, Words(), "zerotuning", samples, tmp_path / "a", **call).resumed == 0
     for message, changed, using, data in (
         ("seed 0 instead of 1", {"seed": 1}, model, samples),
-        ("settings .* instead of", {"grid": "3"}, model, samples),
+        ('settings grid "2" instead of "3"', {"grid": "3"}, model, samples),
         ('search "unsupervised" instead of "supervised"', {"search": "supervised"}, model, samples),
         ("weights .* instead of", {}, tiny("llama", seed=1), samples),
         ("data .* instead of", {}, model, labelled(12, seed=4)),

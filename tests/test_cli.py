@@ -181,6 +181,23 @@ def test_prompts_that_are_no_text(capsys, monkeypatch):
     assert "the prompt is not UTF-8" in one_error(capsys, *G, "--patch", "snapkv", "--prompt", "h\udcff")
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch):
+    from attnpatch.cli._common import read_prompt
+
+    (tmp_path / "p.txt").write_text("h\u00e9", encoding="utf-8-sig")
+    piped = io.TextIOWrapper(io.BytesIO("h\u00e9".encode("utf-8-sig")), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert [read_prompt(None, x, None, None) for x in (str(tmp_path / "p.txt"), "-")] == ["h\u00e9"] * 2
+
+
+def test_an_interrupted_command_says_so(capsys, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attnpatch.patch.list_patches", stop)
+    assert outcome(capsys, "list") == (130, "", "attnpatch: error: interrupted.\n")
+
+
 def test_the_hubs_retries_stay_off_the_terminal():
     from logging import ERROR, getLogger
 

@@ -392,15 +392,24 @@ def test_hip_decode_equals_the_specification(change):
                 assert found[b][h] == expected, (b, h, step)
 
 
-def test_hip_searches_again_after_a_turn_a_crop_and_a_dense_start():
+def test_hip_searches_again_after_a_turn_and_a_crop():
     hip, layer = HiP(**HIP), Layer(tokens=120)
-    assert len(layer.attended(hip, [hip.short])[0][0]) == hip.short and not layer.rows
     for n, age in ((33, 0), (34, 1), (60, 0), (61, 1)):
         layer.attended(hip, [n])
         assert layer.plain["hip_age"] == age
     layer.rows.clear()
     layer.attended(hip, [50])
     assert layer.plain["hip_age"] == 0
+
+
+@pytest.mark.parametrize("refresh", [1, 3, 8])
+def test_hip_row_that_outgrows_the_dense_length_reads_as_beside_a_longer_one(refresh):
+    hip, layer, alone = HiP(**{**HIP, "refresh": refresh}), Layer(tokens=120, batch=2), Layer(tokens=120, batch=2)
+    alone.q, alone.k, alone.v = (x[1:] for x in (layer.q, layer.k, layer.v))
+    for n in range(hip.short - 4, hip.short + 20):
+        found = layer.attended(hip, [n + 40, n])[1]
+        assert alone.attended(hip, [n])[0] == found, n
+    assert len(found[0]) < n
 
 
 def test_hip_row_that_pauses_keeps_its_list():

@@ -241,6 +241,8 @@ def test_the_own_format_goes_round(tmp_path):
     file = tmp_path / "short.jsonl"
     file.write_text('{"context": "c", "questions": ["q"], "answers": [["a"]], "metric": "label", "choices": ["a"]}')
     assert formats.load(file)[0].id == "short-0" and formats.load(file, "attnpatch")[0].max_new_tokens == 64
+    file.write_text(GOOD + ', "id": 7, "task": 3}')
+    assert (formats.load(file)[0].id, formats.load(file)[0].task) == ("short-7", "3")
 
 
 GOOD = '{"context": "c", "questions": ["q"], "answers": [["a"]], "metric": "exact_match"'
@@ -256,6 +258,8 @@ MALFORMED = {
     "flat": (GOOD.replace('[["a"]]', '["a"]') + "}", "line 1: answers holds one list for each question"),
     "list": (GOOD.replace('["q"]', '"q"') + "}", "line 1: questions is str, not a list"),
     "counts": (GOOD.replace('["q"]', '["q", "r"]') + "}", "2 questions and 1 lists of answers"),
+    "answerless": (GOOD.replace('[["a"]]', "[[]]") + "}", "line 1' has no answer to question 1, or an empty one"),
+    "blank": (GOOD.replace('"q"', '"q", "r"').replace('["a"]', '["a"], [" "]') + "}", "no answer to question 2"),
     "new": (GOOD + ', "max_new_tokens": 0}', "max_new_tokens=0; give a whole number from 1 on"),
     "template": (GOOD + ', "template": "{question}"}', "it needs {context}, then {question}"),
     "braces": (GOOD + ', "template": "{a} {context} {question}"}', "str.format refuses"),

@@ -129,6 +129,20 @@ def test_finished_rows_that_take_tokens_back_go_on(patch):
             assert max(map(len, layer)) <= 57
 
 
+@pytest.mark.parametrize("patch", [*METHODS, "adakv", "cake"])
+def test_steps_with_a_mask_of_ones_go_on_after_a_later_turn(patch):
+    """A loop by hand that always gives the mask holds the same as one that gives none."""
+    hyper = METHODS.get(patch, {"budget": 12, "window_size": 4})
+    feeds = [prompt(), prompt(1, 1, seed=3), prompt(1, 9, seed=9), *prompt(1, 4, seed=4).split(1, 1)]
+    with attnpatch.patched(tiny("llama"), patch, **hyper) as model, torch.no_grad():
+        wanted, plain = feed(model, *feeds)
+        cache = attnpatch.PatchCache(model)
+        for ids in feeds:
+            mask = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.long)
+            logits = model(ids, attention_mask=mask, **{CACHE: cache}).logits
+        assert held(cache) == held(plain) and (logits - wanted).abs().max() < 5e-5
+
+
 @pytest.mark.parametrize("patch", METHODS)
 def test_decisions_are_valid_and_compose(patch, monkeypatch):
     monkeypatch.setenv("ATTNPATCH_DEBUG", "1")

@@ -356,7 +356,7 @@ def test_memory_does_not_grow_with_the_text(tiny, tokenizer, monkeypatch):
 # ---- inputs ------------------------------------------------------------------------------------------------------
 def test_a_path_a_stream_and_a_string_are_the_same(tiny, tokenizer, tmp_path):
     text = book(500)
-    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8-sig")  # the mark that some editors begin a file with
     pieces = (text[i : i + 7] for i in range(0, len(text), 7))
     got = [attnpatch.retrieve(tiny, tokenizer, x, "Who?", **SMALL) for x in (text, tmp_path / "book.txt", pieces)]
     assert got[0] == got[1] == got[2]

@@ -11,6 +11,7 @@ from test_infinitehip import SMALL
 
 import attnpatch
 from attnpatch.errors import ConfigError
+from attnpatch.recipe import parse_setting
 
 ALL = {**SMALL, "k": 1024, "keeps": [1024, 1024]}
 
@@ -123,6 +124,13 @@ def test_composition():
 def test_refusals(change, message):
     with pytest.raises(ConfigError, match=message):
         InfiniteHiP(**{**SMALL, **change})
+
+
+def test_the_word_true_as_yaml_reads_it():
+    key, value = parse_setting("positions=true")
+    assert value is True and InfiniteHiP(**{**SMALL, key: value}).positions == "true"
+    with pytest.raises(ConfigError, match="positions=False has the wrong type"):
+        InfiniteHiP(**{**SMALL, "positions": False})
 
 
 def test_turning_is_needed():

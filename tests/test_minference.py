@@ -10,6 +10,7 @@ from attnpatch.patches.minference import MInference
 from selections import attend, block_sets, largest, layer, noise, pairs, structured, terms
 
 from attnpatch.decisions import Selection
+from attnpatch.engine.terms import summed
 from attnpatch.errors import ConfigError
 from attnpatch.executors import naive, selecting
 
@@ -108,6 +109,16 @@ def test_rows_of_a_padded_batch_equal_single_rows(pattern):
         assert torch.equal(named[row, :, :n, :n], pairs(patch, *one)[0]), f"row {row}"
         torch.testing.assert_close(out[row, :n], attend(patch, *one)[0], atol=1e-5, rtol=1e-5)
     assert not named[4].any() and (out[3, 40:] == 0).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("lengths", [None, [500, 300]])
+def test_the_executors_take_a_batch(pattern, lengths):
+    patch, (q, kv, ctx) = MInference(pattern, **PATTERNS[pattern]), layer(*structured(500, 2, 1, batch=2), lengths)
+    pads = (ctx.q_pos < 0)[:, None, :, None]
+    q, kv.k, kv.v = (x.masked_fill(pads, 0.0) for x in (q, kv.k, kv.v))
+    out = summed(patch.select(q, kv, ctx), q, kv, ctx)[0].masked_fill(pads.transpose(1, 2), 0.0)
+    torch.testing.assert_close(out, attend(patch, q, kv, ctx), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

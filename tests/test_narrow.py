@@ -115,6 +115,10 @@ def test_the_bench_fits_and_breaks_no_word(capsys):
         assert word in out, word
 
 
+def test_explain_writes_a_list_as_a_recipe_does(capsys):
+    assert "[256, 32, 8]" in printed(capsys, "explain", "infinitehip")
+
+
 def test_explain_of_two_methods_says_how(capsys):
     assert run(["explain", "flexprefill+snapkv"]) == 2
     assert "one method, not 'flexprefill+snapkv'; ask for flexprefill and snapkv in turn" in capsys.readouterr().err

@@ -73,6 +73,12 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     assert message in str(caught.value)
 
 
+def test_lines_as_other_editors_write_them(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "answer": " b"}\r\n\r\n{"prompt": "c"}\r\n')
+    assert [(s.prompt, s.answer, s.line) for s in read_samples(path)] == [("a", " b", 1), ("c", None, 3)]
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(InputError, match="is no file; give a .jsonl file"):
         read_samples(tmp_path / "none.jsonl")

@@ -14,6 +14,7 @@ table. `--tiny` is a dry run on a random toy model.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from contextlib import suppress
@@ -183,8 +184,15 @@ def load(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Cases, str]
 
     model = testbed.load()[0]
     books = read_books(args.books)
-    text = f"{len(books)} text files" if books else "the built-in filler"
-    return model.to(device=args.device, dtype=dtype).eval(), Cases(books), f"testbed, haystack: {text}"
+    return model.to(device=args.device, dtype=dtype).eval(), Cases(books), f"testbed, haystack: {haystack(books)}"
+
+
+def haystack(books: list[str] | None) -> str:
+    """A name of the texts by what they hold, so that --resume takes up no answers about others."""
+    if not books:
+        return "the built-in filler"
+    digest = hashlib.sha256("\0".join(books).encode()).hexdigest()
+    return f"{len(books)} text files, sha256 {digest[:16]}"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

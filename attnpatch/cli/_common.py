@@ -135,9 +135,9 @@ def _read_file(path: str, stdin: bool = True) -> str:
     piped = stdin and path == "-"
     try:
         if not piped:
-            return Path(path).read_text(encoding="utf-8")
+            return Path(path).read_text(encoding="utf-8-sig")
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the locale says
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # whatever the locale says
         return sys.stdin.read()
     except UnicodeDecodeError:
         raise InputError(f"{'stdin' if piped else path} is not UTF-8 text; save it as UTF-8.") from None

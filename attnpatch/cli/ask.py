@@ -52,7 +52,7 @@ def ask(
         from attnpatch.retrieving import stream_blocks
 
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the locale says
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # whatever the locale says
         text = stream_blocks(sys.stdin, "stdin")
     elif not text.is_file():
         raise ConfigError(f"{file} is no file; give the path of a UTF-8 text file, or - for stdin.")

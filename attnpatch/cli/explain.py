@@ -67,6 +67,7 @@ def recipes_of(name: str) -> list[str]:
 
 def _text(value: Any) -> str:
     """A default as --set and recipes write it."""
+    value = list(value) if isinstance(value, tuple) else value
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -90,6 +90,8 @@ def run(argv: list[str]) -> int:
         if debug:
             raise
         return _fail(_message(error), 2)
+    if code == 130:  # what typer makes of Ctrl-C
+        return _fail("interrupted.", 130)
     return code if isinstance(code, int) else 0
 
 

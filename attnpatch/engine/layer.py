@@ -221,11 +221,12 @@ class PatchLayer(DynamicLayer):
         elif call.padding is None and self.count is None:
             self._join(k, v)
         elif first:
-            self.count, self.mask = call.total.to(k.device), call.padding
+            self.count = call.total.to(k.device)
             pad = torch.arange(new, device=k.device)[:, None] >= self.count[:, None, :, None]  # [B, 1, T, 1]
             self.keys, self.values = k.masked_fill(pad, 0), v.masked_fill(pad, 0)
         else:
             self._scatter(k, v, call)
+        self.mask = call.padding  # None: all seen so far are real
         self.seen += new
         self.tokens_since += new
         self._late += new
@@ -249,7 +250,6 @@ class PatchLayer(DynamicLayer):
         self.packed.append(k, v, self._next, fresh)  # type: ignore[union-attr]
         self._next = self._next + (k.shape[2] if fresh is None else fresh)
         self.count = self.packed.count  # type: ignore[union-attr]
-        self.mask = self.mask if call.padding is None else call.padding
         self._tokens(lambda t: torch.nn.functional.pad(t, (0, k.shape[2])))
 
     def _pack(self) -> None:
@@ -302,7 +302,6 @@ class PatchLayer(DynamicLayer):
         self.values.scatter_(2, index.expand_as(v), v)
         fresh = new if call.padding is None else call.fresh.to(k.device)
         self.count = call.total.to(k.device) if alike else self.count + fresh
-        self.mask = call.padding
 
     def _tokens(self, change: Any) -> None:
         """Apply a slot operation to the token-axis state."""

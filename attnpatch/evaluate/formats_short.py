@@ -23,6 +23,7 @@ def own(row: dict[str, Any], name: str) -> Sample:
     if unknown:
         raise InputError(f"{name} has the unknown field {unknown[0]!r}; known: {', '.join(_OWN)}.")
     given = {"id": name, "task": "own", "max_new_tokens": 64, **row}
+    given["id"], given["task"] = str(given["id"]), str(given["task"])  # numbers, often
     if not isinstance(given["context"], str) or not isinstance(given["metric"], str):
         raise InputError(f"{name}: context and metric are to be texts; correct the line.")
     if given["metric"] not in METRICS:

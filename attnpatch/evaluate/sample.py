@@ -8,6 +8,8 @@ from typing import Any
 
 from attnpatch.errors import InputError
 
+_UNANSWERED = ("unscored", "loglikelihood")  # metrics that compare with no answer
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -45,6 +47,12 @@ class Sample:
             raise InputError(
                 f"{name} has {len(self.questions)} questions and {len(self.answers)} lists of answers; "
                 "give at least one question and one list of answers for each."
+            )
+        given = [bool(one) and all(text.strip() for text in one) for one in self.answers]
+        if self.metric not in _UNANSWERED and not all(given):
+            raise InputError(
+                f"{name} has no answer to question {given.index(False) + 1}, or an empty one, so that its score would "
+                "not depend on the model; give one, or leave the question out."
             )
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise InputError(f"{name} has max_new_tokens={self.max_new_tokens!r}; give a whole number from 1 on.")

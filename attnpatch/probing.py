@@ -9,9 +9,12 @@ from attnpatch.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+STATE = ("layer", "n_layers", "softcap", "event", "tail", "prompt_len", "turn")
+"""Keywords of `probe` that say where the hook is called; no hyperparameter may be called so."""
+
 
 def probe(
-    patch: Any, q: Tensor, k: Tensor, v: Tensor | None = None, *,
+    patch: Any, q: Tensor, k: Tensor, /, v: Tensor | None = None, *,
     scaling: float | None = None, padding: Tensor | None = None, **state: Any,
 ) -> Any:  # fmt: skip
     """What `patch` decides for a prompt: its KeepSet, or the Selections of a method that selects; None = dense.
@@ -30,8 +33,7 @@ def probe(
     from attnpatch.decisions import Selection
     from attnpatch.executors import dense
 
-    names = ("layer", "n_layers", "softcap", "event", "tail", "prompt_len", "turn")
-    known: dict[str, Any] = {name: state.pop(name) for name in names if name in state}
+    known: dict[str, Any] = {name: state.pop(name) for name in STATE if name in state}
     patches = resolve(patch, **state)
     if len(patches) != 1:
         raise ConfigError("probe takes one patch; probe them one by one.")

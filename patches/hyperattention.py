@@ -79,7 +79,7 @@ class HyperAttention(Patch):
     block_size: int = option(256, "keys of a block after sorting", choices=(16, 32, 64, 128, 256, 512))
     sample_size: int = option(256, "keys drawn for each half, for what lies outside a block; 0 = none", low=0)
     min_seq_len: int = option(4096, "shortest half that is approximated", low=16)
-    layers: str = option("all", "which layers", choices=("all", "first", "last", "odd", "even"))
+    which_layers: str = option("all", "layers that are approximated", choices=("all", "first", "last", "odd", "even"))
     layer_count: int = option(-1, "how many of these layers, -1 = all of them", low=-1)
     seed: int = option(0, "of projections and samples", low=0)
     strict: bool = option(False, "the released order of buckets and halves; slower")
@@ -111,9 +111,9 @@ class HyperAttention(Patch):
     def takes(self, ctx: Ctx) -> bool:
         """Whether the layer is one of those chosen."""
         count = ctx.n_layers if self.layer_count < 0 else self.layer_count
-        if self.layers in ("odd", "even"):
-            return ctx.layer % 2 == (self.layers == "odd") and ctx.layer // 2 < count
-        return ctx.layer >= ctx.n_layers - count if self.layers == "last" else ctx.layer < count
+        if self.which_layers in ("odd", "even"):
+            return ctx.layer % 2 == (self.which_layers == "odd") and ctx.layer // 2 < count
+        return ctx.layer >= ctx.n_layers - count if self.which_layers == "last" else ctx.layer < count
 
     def select(self, q: Tensor, kv: KV, ctx: Ctx) -> Generator[Selection, Any, None] | None:
         if ctx.softcap is not None or not self.takes(ctx):

@@ -32,10 +32,10 @@ class MInference(Patch):
 
     pattern "vertical_slash": the softmax of the last `last_q` queries gives mass per key column and per distance; a
     head reads the `vertical` best columns (the first 30 among them) and the `slash` best distances (0..99 among them).
-    "a_shape": the first `sink` keys and the last `window`. "tri_shape": the same, and the last `tail` queries of the
-    prompt read everything. "block_sparse": the `top_blocks` key blocks of 64 with the largest product of block means.
-    All heads share one pattern; `heads` gives each layer and query head its own (vertical, slash), and `profile` (made
-    by `attnpatch profile --what minference`) its own sizes and its own choice of vertical_slash or a_shape.
+    "a_shape": the first `sink` keys and the last `window`. "tri_shape": the same, and the last `dense_tail` queries of
+    the prompt read everything. "block_sparse": the `top_blocks` key blocks of 64 with the largest product of block
+    means. All heads share one pattern; `heads` gives each layer and query head its own (vertical, slash), and `profile`
+    (made by `attnpatch profile --what minference`) its own sizes and its own choice of vertical_slash or a_shape.
 
     Supersets, because lists name whole blocks of 64: a distance is read as all blocks of keys that it crosses in a
     block of 64 queries (the released code reads 64 keys from where it starts; what its merging adds is not read), and
@@ -58,7 +58,7 @@ class MInference(Patch):
     last_q: int = option(64, "vertical_slash: last queries that vote", low=1)
     sink: int = option(1024, "a_shape, tri_shape: first keys that are read", low=0)
     window: int = option(4096, "a_shape, tri_shape: last keys that are read, the query's own included", low=1)
-    tail: int = option(100, "tri_shape: last queries of the prompt that read everything", low=1)
+    dense_tail: int = option(100, "tri_shape: last queries of the prompt that read everything", low=1)
     top_blocks: int = option(100, "block_sparse: key blocks of each query block", low=1)
 
     title = "MInference"
@@ -212,10 +212,10 @@ class MInference(Patch):
 
         start, end = kv.S - q.shape[2], selecting.lengths(ctx.q_pos)
         # query blocks before `cut` hold no dense row of any batch row
-        cut = min(kv.S, max(start, (min(ctx.prompt_len) - self.tail) // BLOCK * BLOCK))
+        cut = min(kv.S, max(start, (min(ctx.prompt_len) - self.dense_tail) // BLOCK * BLOCK))
         if cut > start:
             yield Selection(sink=self.sink, window=self.window, rows=slice(0, cut - start))
-        late = self.constants.of([n - self.tail for n in ctx.prompt_len], q.device)[:, None]
+        late = self.constants.of([n - self.dense_tail for n in ctx.prompt_len], q.device)[:, None]
         for rows, first, last in selecting.stripes(cut, kv.S - cut, BLOCK, q.shape[0]):
             block = first + _arange(last - first, q)
             dense = ((block + 1) * BLOCK > late) & (block * BLOCK < end[:, None])  # [B, R]

@@ -406,6 +406,7 @@ def test_refuses_models_that_do_not_fit():
         ("snapkv", {"layers": [9]}, "layers 0..3"),
         ("snapkv", {"layers": []}, r"layers=\[\] names no layer"),
         ("snapkv", {"layers": 3}, "layers=3 names no layer"),
+        ("hyperattention", {"layers": "last"}, "layers='last' names no layer"),
         ("snapkv", {"budget": 64, "snapkv": {"budget": 80}}, "'budget' is given twice"),
         ("snapkv", {"window_size": 8, "snapkv": {"window_size": 8}}, "'window_size' is given twice"),
         ("snapkv", {"snapkv": 3}, "as a dict"),

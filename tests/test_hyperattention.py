@@ -236,11 +236,11 @@ def test_which_layers():
                 found.append(ctx.layer)
         return found
 
-    assert taken() == list(range(6)) and taken(layers="last", layer_count=2) == [4, 5]
-    assert taken(layers="first", layer_count=2) == [0, 1] and taken(layer_count=0) == []
-    assert taken(layers="odd") == [1, 3, 5] and taken(layers="even", layer_count=2) == [0, 2]
+    assert taken() == list(range(6)) and taken(which_layers="last", layer_count=2) == [4, 5]
+    assert taken(which_layers="first", layer_count=2) == [0, 1] and taken(layer_count=0) == []
+    assert taken(which_layers="odd") == [1, 3, 5] and taken(which_layers="even", layer_count=2) == [0, 2]
     q, kv, ctx = layer(*noise(300, 2, 1), n_layers=2)
-    assert options(layers="last", layer_count=1).select(q, kv, ctx) is None
+    assert options(which_layers="last", layer_count=1).select(q, kv, ctx) is None
     ctx.softcap = 30.0
     assert options().select(q, kv, ctx) is None
 
@@ -261,7 +261,7 @@ def test_probe():
         ({"lsh_num_projs": 0}, "lsh_num_projs=0 is too small"),
         ({"min_seq_len": 8}, "min_seq_len=8 is too small"),
         ({"min_seq_len": 64, "block_size": 256}, "min_seq_len=64 is below 128, the grid of block_size=256"),
-        ({"layers": "some"}, "layers='some' is not allowed"),
+        ({"which_layers": "some"}, "which_layers='some' is not allowed"),
         ({"sample_size": -1}, "sample_size=-1 is too small"),
     ],
     ids=lambda x: str(x)[:30],

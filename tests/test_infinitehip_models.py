@@ -10,7 +10,7 @@ from test_hip import problem
 from test_infinitehip import SMALL
 
 import attnpatch
-from attnpatch.errors import ConfigError
+from attnpatch.errors import ConfigError, UnsupportedModelError
 from attnpatch.recipe import parse_setting
 
 ALL = {**SMALL, "k": 1024, "keeps": [1024, 1024]}
@@ -131,6 +131,15 @@ def test_the_word_true_as_yaml_reads_it():
     assert value is True and InfiniteHiP(**{**SMALL, key: value}).positions == "true"
     with pytest.raises(ConfigError, match="positions=False has the wrong type"):
         InfiniteHiP(**{**SMALL, "positions": False})
+
+
+def test_frequencies_that_change_are_refused_with_the_remedy():
+    model = tiny("llama")
+    model.model.rotary_emb.rope_type = "dynamic"
+    with pytest.raises(UnsupportedModelError, match=r"positions='true' \(infinitehip\)"):
+        attnpatch.patch_model(model, "infinitehip", positions="streaming")
+    with attnpatch.patched(model, "infinitehip"):
+        assert not attnpatch.status(model).layers[0].note
 
 
 def test_turning_is_needed():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from attnpatch.patches.streamingllm import StreamingLLM
 from oracle import CACHE, Oracle, positions, run_both, tiny
 
 import attnpatch
+from attnpatch import probing
 from attnpatch.decisions import KeepSet
 from attnpatch.engine.call import KV, Ctx
 from attnpatch.engine.layer import PatchLayer
@@ -933,3 +936,14 @@ def test_probe_refuses_what_does_not_fit(changed, words):
     given = {"q": torch.zeros(2, 4, 60, 16), "k": torch.zeros(2, 2, 60, 16), "v": None, **changed}
     with pytest.raises((ConfigError, InputError), match=words):
         attnpatch.probe("pyramidkv", given.pop("q"), given.pop("k"), given.pop("v"), budget=20, **given)
+
+
+def test_no_hyperparameter_is_taken_for_an_argument_of_the_call():
+    taken = {*signature(attnpatch.patch_model).parameters, *probing.STATE, "v", "scaling", "padding"} - {"budget"}
+    for name, cls in attnpatch.list_patches().items():
+        if cls.hooks() - {"prepare"}:
+            assert not taken & {f.name for f in fields(cls)}, name
+    q, k = torch.zeros(1, 4, 60, 16), torch.zeros(1, 2, 60, 16)
+    small = {"chunks": [16], "keeps": [], "strides_q": [1], "refresh": [1], "sliding_window": 8, "dense_up_to": 0}
+    last = attnpatch.probe("infinitehip", q, k, k=32, sink=0, wide_layers=0, **small)[-1]
+    assert last.index.shape[-1] == 2

@@ -190,7 +190,7 @@ def test_6_a_shape_is_a_band_and_a_sink():
     i, j = torch.arange(300)[:, None], torch.arange(300)
     assert torch.equal(seen[0, 0], (j <= i) & ((j < 20) | (i - j < 70)))
     assert MInference("a_shape", sink=20, window=300).select(*layer(*noise(300, 2, 1))) is None
-    tri = pairs(MInference("tri_shape", sink=20, window=70, tail=100), *layer(*noise(300, 2, 1)))
+    tri = pairs(MInference("tri_shape", sink=20, window=70, dense_tail=100), *layer(*noise(300, 2, 1)))
     assert torch.equal(tri[0, 0], seen[0, 0] | ((j <= i) & (i >= 192)))
 
 

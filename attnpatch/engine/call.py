@@ -372,7 +372,7 @@ def resolve_layers(layers: Sequence[int] | None, facts: Sequence[LayerFact]) -> 
     n = len(facts)
     if layers is None:
         return tuple(f.index for f in facts if not f.reason)
-    if not isinstance(layers, Iterable) or not (layers := list(layers)):
+    if isinstance(layers, str) or not isinstance(layers, Iterable) or not (layers := list(layers)):
         raise ConfigError(f"layers={layers!r} names no layer; give a list of 0..{n - 1}, or leave it out for all.")
     chosen = []
     for index in layers:

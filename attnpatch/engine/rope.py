@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _MOVING = ("dynamic", "longrope")  # frequencies that change with the length seen: a difference has no one angle
 
 _REMEDY = (
-    "so tokens cannot be re-numbered; use positions='original' (streamingllm), schedule='fixed' (recycled), or "
-    "positions='true' and threshold=1.01 (tokenselect)."
+    "so tokens cannot be re-numbered; use positions='original' (streamingllm), schedule='fixed' (recycled), "
+    "positions='true' (infinitehip), or positions='true' and threshold=1.01 (tokenselect)."
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attnpatch.patches.tokenselect import TokenSelect
-from oracle import CONFIGS, tiny
+from oracle import CACHE, CONFIGS, tiny
 from selections import attend, layer, noise, pairs
 
 import attnpatch
@@ -64,6 +64,19 @@ def test_prefill_with_room_for_all_is_dense_and_else_sparse(name):
             sparse = model(ids, use_cache=False).logits
         assert torch.isfinite(sparse).all()
         assert name == "mistral_sw" or not torch.allclose(sparse, model(ids).logits, atol=1e-3)
+
+
+def test_a_later_turn_is_sparse_after_steps_with_a_mask_of_ones():
+    ids = torch.randint(2, 97, (1, 75), generator=torch.Generator().manual_seed(3))
+    with attnpatch.patched(tiny("llama"), "tokenselect", **{**BASE, "chunk": 10}) as model, torch.no_grad():
+        caches, outs = [attnpatch.PatchCache(model) for _ in range(2)], []
+        for part in ids.split([50, 1, 1, 22, 1], 1):
+            outs = []
+            for cache, given in zip(caches, (False, True), strict=True):
+                mask = {"attention_mask": torch.ones_like(ids[:, : cache.get_seq_length() + part.shape[1]])}
+                outs.append(model(part, **(mask if given else {}), **{CACHE: cache}).logits)
+            torch.testing.assert_close(*outs, atol=5e-5, rtol=0)
+        assert not any(layer.note for layer in caches[1].layers)
 
 
 @pytest.mark.parametrize("rows", [512, 1], ids=["chunk", "step"])

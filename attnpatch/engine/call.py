@@ -254,6 +254,9 @@ class Call:
         elif wait and self.before:
             past = self._take_back(mask[:, : self.before].bool(), past)  # type: ignore[index]
         if wait and (past is None or bool(past.all())) and bool(new.all()):  # type: ignore[union-attr]
+            for layer in self.cache.patched if past is not None else ():  # type: ignore[union-attr]
+                if layer.aligned:  # rows are full, which steps with a mask could not know
+                    layer.count = layer.mask = None
             return
         if new is None:
             new = past.new_ones(past.shape[0], self.length)  # type: ignore[union-attr]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 def write_json(file: Path, body: Any, ensure_ascii: bool = True) -> None:
-    """Write `body` beside the file and put it in its place. Raises OSError as the file system does."""
+    """Write `body` beside the file and put it in its place. Raises OSError as the file system does, naming the file."""
     new = file.with_name(file.name + ".new")
-    new.write_text(json.dumps(body, indent=1, ensure_ascii=ensure_ascii) + "\n", encoding="utf-8")
-    new.replace(file)
+    try:
+        new.write_text(json.dumps(body, indent=1, ensure_ascii=ensure_ascii) + "\n", encoding="utf-8")
+        new.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def differences(before: Any, now: Any, most: int = 5) -> str:

@@ -210,9 +210,20 @@ def test_colours_have_readable_ink():
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
+def test_a_file_of_which_nothing_is_drawn_says_so(tmp_path):
+    whole = evaluation()
+    for run in whole["tasks"][0]["runs"]:
+        run.update(depths=[], kv_share=1.0)
+    found = reading.read(written(tmp_path, a=evaluation(), b=whole))
+    assert [kind for _, kind, _ in found.files] == [
+        "evaluation", "evaluation; not drawn: perplexities, or scores at the whole KV only",
+    ]  # fmt: skip
+
+
 def test_the_page_has_every_section_and_nothing_from_elsewhere(tmp_path):
     found = reading.read(written(tmp_path, **FILES))
     text = page.build(found, "mine")
+    assert "not drawn" not in text
     tags = Tags(text)
     for name in ("trace", "needle", "pareto", "latency", "heads", "files"):
         assert tags.count("section", id=name) == 1, name

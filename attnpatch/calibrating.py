@@ -222,8 +222,8 @@ def _sets(samples: Any, labelled: bool) -> list[list[Sample]]:
     """The samples of each file; those given as such are one set."""
     paths: list[Any] = [samples] if isinstance(samples, (str, Path)) else list(samples)
     if paths and all(isinstance(x, (str, Path)) for x in paths):
-        named = [str(x) for x in paths]
-        if twice := sorted(x for x in set(named) if named.count(x) > 1):
+        named = [Path(x).resolve() for x in paths]
+        if twice := [x for x, file in zip(paths, named, strict=True) if named.count(file) > 1]:
             raise ConfigError(f"{twice[0]} is named twice; name each file of samples once.")
         return [read_samples(path, labelled) for path in paths]
     if wrong := [x for x in paths if not isinstance(x, Sample)]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.patch import Patch, _check_field
 from attnpatch.samples import Sample
+from attnpatch.whole import differences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,20 +117,18 @@ class Log:
         data = self.path.read_bytes()
         return data[: data.rfind(b"\n") + 1]
 
-    def _differing(self, line: bytes, settings: dict[str, Any]) -> list[str]:
+    def _differing(self, line: bytes, settings: dict[str, Any]) -> str:
         """What the log was begun with where that is not `settings`, in words."""
         try:
-            before, now = _flat(json.loads(line)["settings"]), _flat(settings)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            before = json.loads(line)["settings"]
+        except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{self.path} is damaged (line 1); delete it, or name another folder.") from None
-        names = [n for n in {**before, **now} if before.get(n) != now.get(n)]
-        return [f"{n} {_short(before.get(n))} instead of {_short(now.get(n))}" for n in names]
+        return differences(before, settings)
 
     def _compare(self, line: bytes, settings: dict[str, Any]) -> None:
         if other := self._differing(line, settings):
-            listed = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
             raise ConfigError(
-                f"{self.path} was begun with other settings ({listed}); use those to go on, or name another folder."
+                f"{self.path} was begun with other settings ({other}); use those to go on, or name another folder."
             )
 
     def _take(self, number: int, line: bytes) -> None:
@@ -152,17 +151,6 @@ class Log:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of a dict each under a name of its own, such as "settings grid"."""
-    parts = [{f"{n} {k}": v for k, v in x.items()} if isinstance(x, dict) else {n: x} for n, x in settings.items()]
-    return {n: x for part in parts for n, x in part.items()}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else text[:57] + "..."
 
 
 class Trials:
@@ -374,6 +362,12 @@ def _of(sample: Sample) -> str:
 
 def fingerprint(model: Any, parts: dict[str, list[Encoded]]) -> dict[str, str]:
     """What tells these weights and these samples from others: two short hashes."""
+    data = hashlib.sha256(json.dumps({k: [asdict(r) for r in rows] for k, rows in parts.items()}).encode())
+    return {"weights": weights_hash(model), "data": data.hexdigest()[:16]}
+
+
+def weights_hash(model: Any) -> str:
+    """A short hash of some values of every weight."""
     import torch
 
     weights = hashlib.sha256()
@@ -383,5 +377,4 @@ def fingerprint(model: Any, parts: dict[str, list[Encoded]]) -> dict[str, str]:
         if not x.is_meta and type(x) is torch.Tensor:  # neither offloaded nor a quantised or sharded form
             some = x.flatten()[:: max(1, x.numel() // 8)]
             weights.update(some.to("cpu", torch.float64).numpy().tobytes())
-    data = hashlib.sha256(json.dumps({k: [asdict(r) for r in rows] for k, rows in parts.items()}).encode())
-    return {"weights": weights.hexdigest()[:16], "data": data.hexdigest()[:16]}
+    return weights.hexdigest()[:16]

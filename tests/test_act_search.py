@@ -127,6 +127,7 @@ def test_refused_pools(tmp_path):
     bad = write(tmp_path / "bad.jsonl", [*labelled(6, seed=3), Sample("w3 w4", " w5", (" w5", " w5 w6"))])
     for given, message, kind in (
         ([good, good], "good.jsonl is named twice; name each file of samples once", ConfigError),
+        ([good, f"{tmp_path}/../{tmp_path.name}/good.jsonl"], "good.jsonl is named twice", ConfigError),
         ([good, str(good)], "good.jsonl is named twice; name each file of samples once", ConfigError),
         ([good, Sample("w3")], r"samples holds a \w*Path; give the path of a .jsonl file, several paths", InputError),
         ([good, tmp_path / "none.jsonl"], "none.jsonl is no file", InputError),

@@ -206,6 +206,23 @@ def test_the_table_shows_spread_ledger_and_refusals(capsys, monkeypatch):
         assert word in text, word
 
 
+def test_what_cannot_be_written_is_named_and_leaves_nothing_behind(tmp_path):
+    from attnpatch.whole import write_json
+
+    (tmp_path / "here").mkdir()
+    for name in ("here", "absent/x.json"):
+        with pytest.raises(OSError, match=name) as caught:
+            write_json(tmp_path / name, {})
+        assert caught.value.filename == str(tmp_path / name)
+    assert [x.name for x in tmp_path.iterdir()] == ["here"]
+
+
+def test_no_heading_is_cut_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, text, _ = outcome(capsys, *B, *QUICK, "--patch", "flexprefill+snapkv", "--set", "snapkv.budget=64")
+    assert code == 0 and {"claimed", "padding", "flexprefill", "+snapkv"} <= set(text.split())
+
+
 def test_the_testbed_reads_needles(capsys):
     from test_readme import weights_missing
 
@@ -266,6 +283,7 @@ ERRORS = [
     ((*B, "--patch", "snapkv", "--set", "h2o.budget=9"), "'h2o' is none of the methods snapkv"),
     ((*B, "--patch", "snapkv", "--plot", "x.bmp"), "must end in .png, .svg, .pdf"),
     ((*B, "--patch", "snapkv", "--out", "absent/x.json"), "there is no folder 'absent'"),
+    ((*B, "--patch", "snapkv", "--out", "."), "--out '.' is a folder; give the name of a file"),
     (("bench", "--shape", "tiny", "--dtype", "int8", "--patch", "snapkv"), "--dtype 'int8' is not allowed"),
     (("bench", "--shape", "tiny", "--device-map", "auto", "--patch", "snapkv"), "spreads stored weights"),
     ((*B, "--patch", "act", "--set", "heads=5"), "act"),

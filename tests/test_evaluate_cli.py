@@ -6,12 +6,14 @@ import json
 
 import evaluation
 import pytest
+import torch
 from test_cli import needs_weights, one_error, outcome
 
 from attnpatch.cli import evaluate as command
 from attnpatch.errors import ConfigError
 from attnpatch.evaluate import collect, metrics, runner
 from attnpatch.evaluate.runner import Runner
+from attnpatch.profile import Profile, structure
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +83,31 @@ def test_interrupted_and_resumed(capsys, folder, data, tmp_path, monkeypatch):
     assert outcome(capsys, *argv(folder, data, out, "--fresh"))[0] == 0
     assert out.read_bytes() == again and len(asked) == 7 + 6
     error = one_error(capsys, *argv(folder, data, out, "--seed", "1"))
-    assert "belongs to another run (seed differ)" in error and "--fresh" in error
+    assert "belongs to another run (seed 0 instead of 1)" in error and "--fresh" in error
     (tmp_path / "r.samples.jsonl").unlink()
     assert "exists and has no ledger beside it" in one_error(capsys, *argv(folder, data, out))
+
+
+def test_other_weights_or_another_profile_of_the_same_name_are_another_run(capsys, data, tmp_path):
+    model, heads = evaluation.model(), tmp_path / "heads"
+    for part in (model, evaluation.tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+
+    def measured(share):
+        size = model.config.num_hidden_layers, model.config.num_key_value_heads
+        Profile("retrieval-heads", {"kv_score": torch.full(size, share)}, structure(model.config), {}).save(heads)
+
+    measured(0.5)
+    line = argv(tmp_path / "model", data, tmp_path / "r.json", "--patch", "duoattention", "--set", f"profile={heads}")
+    code, _, err = outcome(capsys, *line)
+    assert code == 0, err
+    measured(0.2)
+    assert f"belongs to another run (runs duoattention files {heads}" in one_error(capsys, *line)
+    measured(0.5)
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    model.save_pretrained(tmp_path / "model")
+    assert "belongs to another run (weights" in one_error(capsys, *line)
 
 
 def test_a_failed_sample_is_named_and_the_code_is_1(capsys, folder, data, tmp_path, monkeypatch):

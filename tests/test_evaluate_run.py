@@ -317,7 +317,7 @@ def test_refused_ledgers(tmp_path):
     with pytest.raises(ConfigError, match="make it first"):
         Ledger(tmp_path / "no" / "r.json", HEADER)
     whole(tmp_path)
-    with pytest.raises(ConfigError, match=r"belongs to another run \(model, seed differ\).*--fresh"):
+    with pytest.raises(ConfigError, match=r'another run \(seed 0 instead of 1, model .* "other"\).*--fresh'):
         Ledger(tmp_path / "r.json", {"seed": 1, "model": "other"})
     path = tmp_path / "r.samples.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"run"', b'"ran"', 1))

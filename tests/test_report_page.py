@@ -196,15 +196,34 @@ def test_axes_hold_their_values(values, log):
     assert all(low - 1e-9 <= t <= high + 1e-9 for t in ticks) and len(ticks) < 30
 
 
+def test_long_labels_leave_room_for_the_name_of_the_axis():
+    chart = svg.Lines({"a": [(1, 0.02, 0.02, 0.02), (2, 0.2, 0.2, 0.2)]}, "x", "time", str, lambda t: f"{t:g} ms",
+                      log_y=True).draw("", "", "n")  # fmt: skip
+    labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]*)', chart)
+    assert "0.05 ms" in [label for _, label in labels]
+    assert all(float(x) - 6.5 * len(label) >= 20 for x, label in labels)  # the name's letters end there
+
+
 def test_colours_have_readable_ink():
     assert svg.colour(0.0) == ("#440154", "#fff") and svg.colour(1.0)[1] == "#000"
     assert svg.colour(-3.0) == svg.colour(0.0) and svg.colour(7.0) == svg.colour(1.0)
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
+def test_a_file_of_which_nothing_is_drawn_says_so(tmp_path):
+    whole = evaluation()
+    for run in whole["tasks"][0]["runs"]:
+        run.update(depths=[], kv_share=1.0)
+    found = reading.read(written(tmp_path, a=evaluation(), b=whole))
+    assert [kind for _, kind, _ in found.files] == [
+        "evaluation", "evaluation; not drawn: perplexities, or scores at the whole KV only",
+    ]  # fmt: skip
+
+
 def test_the_page_has_every_section_and_nothing_from_elsewhere(tmp_path):
     found = reading.read(written(tmp_path, **FILES))
     text = page.build(found, "mine")
+    assert "not drawn" not in text
     tags = Tags(text)
     for name in ("trace", "needle", "pareto", "latency", "heads", "files"):
         assert tags.count("section", id=name) == 1, name

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from attnpatch.cli import _common as c
-from attnpatch.cli.screen import slim_table
+from attnpatch.cli.screen import screen, slim_table
 from attnpatch.errors import ConfigError
 from attnpatch.units import parse_tokens, split_list
 from attnpatch.whole import write_json
@@ -75,6 +75,8 @@ def bench(
     for path in (out, plot):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"there is no folder {str(path.parent)!r} to write {path.name} to; make it first.")
+    if out is not None and out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a folder; give the name of a file, such as bench.json.")
     if plot is not None:
         from attnpatch.bench.plot import check
 
@@ -290,7 +292,10 @@ def print_table(body: dict[str, Any]) -> None:
     heads = ("tokens x batch", "method", "first token", "decode tok/s", "peak memory", "KV", "claimed")
     table = slim_table((*heads, "padding"), lines=True)
     for row in body["rows"]:
-        table.add_row(*(Text(x) for x in cells(row)))
+        texts = cells(row)
+        if screen() <= 80:  # a long name would leave no room for the words of the headings
+            texts[1] = texts[1].replace("+", "\n+")
+        table.add_row(*map(Text, texts))
     console = Console()
     console.print(table)
     runs = body["grid"]["repeats"]

@@ -237,12 +237,13 @@ class Job:
 
     def __init__(self, model: Any, tokenizer: Any, samples: Any, runs: Any, options: Any, asked: dict) -> None:
         from attnpatch.bench.measure import environment
+        from attnpatch.trials import weights_hash
 
         self.model, self.tokenizer, self.samples, self.runs, self.options = model, tokenizer, samples, runs, options
         first = next(model.parameters())
         self.header = {
             **environment(first.device), **asked, **options.as_dict(), "dtype": str(first.dtype).removeprefix("torch."),
-            "runs": [r.as_dict() for r in runs],
+            "weights": weights_hash(model), "runs": [r.as_dict() for r in runs],
         }  # fmt: skip
 
     def run(self, out: Path, fresh: bool, shard: tuple[int, int], wait: Any, as_json: bool) -> int | None:

@@ -170,7 +170,7 @@ class Handle:
         if len(ids) != 1 or kwargs.get("inputs_embeds") is not None or compat.take_cache(kwargs) is not None:
             raise UnsupportedModeError(
                 f"{writer.name} writes a prompt of its own from the given one; pass input_ids [B, N], and neither "
-                "inputs_embeds nor the cache of an earlier turn."
+                "inputs_embeds nor the cache of an earlier turn (attnpatch evaluate: --questions requests)."
             )
         given = ids[0]
         self.prepare_generate((given, *args[1:]), kwargs)  # refuses what it must before a long text is read

@@ -7,6 +7,7 @@ run and sample.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ from attnpatch.errors import ConfigError, InputError
 from attnpatch.evaluate import stats
 from attnpatch.evaluate.likelihood import METRIC as LIKELIHOOD
 from attnpatch.evaluate.sample import Sample
-from attnpatch.whole import write_json
+from attnpatch.whole import differences, write_json
 
 DENSE = "dense"
+FILES = ("profile", "pattern")  # hyperparameters that name some
 Key = tuple[str, str, str]  # run, task, sample id
 
 
@@ -29,6 +31,18 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"--out {str(out)!r} is not the name of a .json file; give one such as results.json.")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; make it first.")
+
+
+def named_files(patches: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{"files": a short hash of each that a method's hyperparameters name}, so that other contents are another run."""
+    found = {}
+    for path in [Path(x) for values in patches.values() for key in FILES if (x := values.get(key)) is not None]:
+        made = hashlib.sha256()
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file() and file.suffix != ".jsonl":  # a calibration's log changes nothing
+                made.update(file.name.encode() + file.read_bytes())
+        found[str(path)] = made.hexdigest()[:16]
+    return {"files": found} if found else {}
 
 
 @contextmanager
@@ -98,13 +112,10 @@ class Ledger:
                 yield row
 
     def _check(self, path: Path, found: Any) -> None:
-        if found == self.header:
-            return
-        keys = [k for k in {**self.header, **found} if self.header.get(k) != found.get(k)]
-        raise ConfigError(
-            f"{path} belongs to another run ({', '.join(sorted(keys))} differ); name another --out, or start over with "
-            "--fresh."
-        )
+        if other := differences(found, self.header):
+            raise ConfigError(
+                f"{path} belongs to another run ({other}); name another --out, or start over with --fresh."
+            )
 
     @staticmethod
     def remove(out: Path) -> None:

@@ -12,7 +12,7 @@ from attnpatch.engine.compat import out_of_memory
 from attnpatch.errors import ConfigError, InputError
 from attnpatch.evaluate import feeding, likelihood
 from attnpatch.evaluate.encoding import Encoded, Encoder, positions
-from attnpatch.evaluate.results import DENSE, Ledger, check_samples
+from attnpatch.evaluate.results import DENSE, Ledger, check_samples, named_files
 from attnpatch.evaluate.sample import Sample
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ class Run:
         return any(p.stage == "retrieve" for p in self.patches)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"label": self.label, "patches": {p.name: p.hyperparameters() for p in self.patches}}
+        """Its methods' hyperparameters, and hashes of the files that some of them name."""
+        patches = {p.name: p.hyperparameters() for p in self.patches}
+        return {"label": self.label, "patches": patches, **named_files(patches)}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def read(paths: Sequence[Path]) -> Records:
         if path.resolve() in seen:
             raise ConfigError(f"{path} is named twice; name each result file once.")
         seen.add(path.resolve())
-        body = _load(path)
+        body, before = _load(path), _drawn(found)
         try:
             kind = _take(body, path, found)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -36,8 +36,16 @@ def read(paths: Sequence[Path]) -> Records:
             ) from error
         if kind is None:
             raise ConfigError(f"{path} holds no results that a report knows; it reads {READS}.")
+        if _drawn(found) == before:
+            kind += "; not drawn: perplexities, or scores at the whole KV only"
         found.files.append((path.name, kind, _facts(body)))
     return found
+
+
+def _drawn(found: Records) -> int:
+    """How many records a chart shows."""
+    below = sum(s.share is not None and s.share < 1 for s in found.scores)
+    return below + len(found.cells) + len(found.times) + len(found.grids) + len(found.traces)
 
 
 def _load(path: Path) -> dict[str, Any]:

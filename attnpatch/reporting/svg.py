@@ -122,10 +122,11 @@ class Lines:
 
     def draw(self, title: str, desc: str, name: str) -> str:
         """The whole SVG, 520 x 320."""
-        box = (66.0, 12.0, 504.0, 264.0)
         points = [p for each in self.series.values() for p in each]
         xs = axis([p[0] for p in points], self.log_x, None)
         ys = axis([v for p in points for v in p[1:]], self.log_y, self.y_range)
+        # the axis' name reads upwards left of its longest label
+        box = (max(66.0, 29 + 6.5 * max(len(self.y_text(t)) for t in ys[2])), 12.0, 504.0, 264.0)
         at_x = _mapping(xs[0], xs[1], box[0], box[2], self.log_x)
         at_y = _mapping(ys[0], ys[1], box[3], box[1], self.log_y)
         ticks = sorted({p[0] for p in points}) if len({p[0] for p in points}) <= 6 else xs[2]

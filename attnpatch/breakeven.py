@@ -1,7 +1,8 @@
-"""Where a sparse prefill starts to pay on this machine: measured once (`attnpatch doctor --calibrate`), kept on disk.
+"""Where sparse attention starts to pay on this machine: measured once (`attnpatch doctor --calibrate`), kept on disk.
 
 The engine runs a prompt dense that is shorter than the measured length, or whose chosen pages (and columns beside them)
-are a larger share than the measured one. Without a measurement a method runs where it is asked to.
+are a larger share than the measured one; and a decode step over fewer keys than the length measured for steps. Without
+a measurement a method runs where it is asked to.
 
 The length is enough for the methods whose share their settings bound, whatever the prompt (hip reads `mask_k` keys,
 sink and window, hyperattention its blocks and samples: a share that falls with the length). It is all that can be had
@@ -43,6 +44,11 @@ class Limits(NamedTuple):
     def most(self, keys: int) -> float:
         """The share that pays at so many keys."""
         return max(0.0, self.share - self.besides / keys)
+
+
+def steps(method: str) -> str:
+    """The name under which limits of a method's decode steps are kept."""
+    return f"{method} steps"
 
 
 def path() -> Path:
@@ -138,7 +144,7 @@ def save(where: str, limits: dict[str, Limits]) -> Path:
 
 
 def limits(method: str, device: torch.device, dtype: torch.dtype) -> Limits | None:
-    """What was measured for `method` here, or None."""
+    """What was measured here for `method`, or for `steps(method)`; or None."""
     if not switch("ATTNPATCH_AUTO_DENSE", True):
         return None
     found = load()

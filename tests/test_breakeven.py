@@ -176,20 +176,83 @@ def test_what_lists_consist_of():
 def test_measure(monkeypatch):
     methods = {"flexprefill", "hip", "minference"}
     monkeypatch.setitem(measuring.METHODS, "minference", {"vertical": 30, "slash": 100})
-    found = measuring.measure(CPU, torch.float32, tuple(methods), (256, 512), repeats=1)
+    monkeypatch.setitem(measuring.METHODS, "flexprefill", {"gamma": 0.9, "min_budget": 64})
+    monkeypatch.setitem(measuring.METHODS, "hip", {"mask_k": 64, "sliding_window": 16, "dense_layers": 0})
+    found = measuring.measure(CPU, torch.float32, (*methods, "infinitehip"), (256, 512), repeats=1)  # dense by itself
     assert set(found) == methods and all(0 <= x.share <= 1 and x.besides >= 0 for x in found.values())
     assert found["hip"].share == 1.0 and all(x.paid == (x.tokens <= 512) for x in found.values())
     assert all(x.tokens in (256, 512, 513) for x in found.values())
+
+
+def test_measure_steps(monkeypatch):
+    for name, options in measuring.decode.SMALL.items():
+        method, given = measuring.decode.METHODS[name]
+        monkeypatch.setitem(measuring.decode.METHODS, name, (method, {**given, **options}))
+    said = []
+    found = measuring.measure_steps(CPU, torch.float32, (300, 600), repeats=1, say=said.append)
+    assert set(found) == {f"{name} steps" for name in ("tokenselect", "recycled", "quest", "hip")}
+    assert all(x.share == 1 and x.tokens in (300, 600, 601) and x.paid == (x.tokens <= 600) for x in found.values())
+    assert len(said) == 2 and "600 keys, a decode step: tokenselect" in said[1]
+
+
+@pytest.mark.parametrize(("patch", "options"), [
+    ("quest", {"budget": 32, "page_size": 8, "min_pages": 1, "dense_layers": 0}),
+    ("recycled", {"budget": 20, "min_budget": 8, "schedule": "qc", "stride": 3}),
+    ("tokenselect", {"top_k": 20, "n_local": 8, "n_init": 4, "prefill": False, "positions": "true"}),
+    ("hip", {"mask_k": 16, "block_size_q": 8, "sliding_window": 8, "sink": 4, "dense_layers": 0}),
+], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
+def test_steps_over_few_keys_run_dense(patch, options):
+    """Steps below the limit give dense logits; from there on the method works, with what it could not keep before."""
+    ids, model = torch.randint(1, 97, (2, 72), generator=torch.Generator().manual_seed(0)), tiny("llama")
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=mask).logits[:, 60:]
+    got, notes = {}, set()
+    for limit in (66, 10**6):
+        given = {f"{patch} steps": Limits(limit, 1.0), patch: Limits(10**6, 1.0)}
+        breakeven.save(breakeven.machine(CPU, torch.float32), given)
+        with patched(model, patch, **options), torch.no_grad():
+            cache = PatchCache(model, prompt_length=60)
+            argument = {cache_name(): cache}
+            model(input_ids=ids[:, :60], attention_mask=mask[:, :60], **argument)
+            steps = [
+                model(input_ids=ids[:, i : i + 1], attention_mask=mask[:, : i + 1], **argument).logits
+                for i in range(60, 72)
+            ]
+            notes |= {layer.note for layer in status(model).layers}
+        got[limit] = torch.cat(steps, dim=1)
+    torch.testing.assert_close(got[10**6], wanted, atol=5e-5, rtol=0)
+    torch.testing.assert_close(got[66][:, :5], wanted[:, :5], atol=5e-5, rtol=0)  # steps see 61 .. 65 keys
+    assert got[66].isfinite().all() and (got[66][:, 6:] - wanted[:, 6:]).abs().max() > 1e-3
+    assert any(f"and {patch} pays here from 1000000 (attnpatch doctor)" in note for note in notes)
+
+
+def test_methods_for_texts_beyond_the_trained_length_are_not_switched_off():
+    small = {"top_k": 20, "n_local": 8, "n_init": 4}
+    breakeven.save(breakeven.machine(CPU, torch.float32), {"tokenselect steps": Limits(10**6, 1.0)})
+    ids, found = torch.randint(1, 97, (1, 60), generator=torch.Generator().manual_seed(0)), []
+    for asked in ("1", "0"):
+        with pytest.MonkeyPatch.context() as patch, patched(tiny("llama"), "tokenselect", **small) as model:
+            patch.setenv("ATTNPATCH_AUTO_DENSE", asked)
+            found.append(model.generate(ids, max_new_tokens=4, do_sample=False, output_logits=True,
+                                        return_dict_in_generate=True).logits[-1])  # fmt: skip
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
 
 
 def test_doctor(monkeypatch):
     run = CliRunner()
     assert "not measured here (--calibrate)" in run.invoke(app, ["doctor"]).stdout
     monkeypatch.setattr(measuring, "measure", lambda device, dtype, repeats, say: {"hip": Limits(4096, 0.75)})
+    monkeypatch.setattr(measuring, "measure_steps", lambda device, dtype, repeats, say: {"hip steps": Limits(8192, 1)})
     shown = run.invoke(app, ["doctor", "--calibrate"]).stdout
-    assert "written to" in shown and "hip          from 4096 tokens, up to 75% of the pages" in shown
+    assert "written to" in shown and "hip               from 4096 tokens, up to 75% of the pages" in shown
+    assert "hip steps         from 8192 tokens; else it runs dense" in shown
     data = json.loads(run.invoke(app, ["doctor", "--json"]).stdout)
-    assert data["breakeven"]["methods"] == {"hip": {"tokens": 4096, "share": 0.75, "paid": True, "besides": 0.0}}
+    assert data["breakeven"]["methods"] == {
+        "hip": {"tokens": 4096, "share": 0.75, "paid": True, "besides": 0.0},
+        "hip steps": {"tokens": 8192, "share": 1.0, "paid": True, "besides": 0.0},
+    }
     for limits, said in (
         (Limits(9, 1.0), "from 9 tokens; else it runs dense"),
         (Limits(9, 0.8, True, 400.0), "from 9 tokens, up to 80% of the pages less 400 / tokens; else it runs dense"),

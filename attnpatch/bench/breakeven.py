@@ -1,9 +1,13 @@
-"""Measure from which length and up to which density each sparse prefill pays here: `attnpatch doctor --calibrate`.
+"""Measure from which length and up to which density sparse attention pays here: `attnpatch doctor --calibrate`.
 
 One layer's attention of a whole prompt on the structured input of `bench.prefill`, choosing and computing, against the
 fastest dense backend; and lists of random pages of several densities, computing alone, with as many columns beside
 them as the method lists (minference). On a GPU as replays of CUDA graphs: in a long prefill the host launches ahead
 of the GPU, so that what its launches take is not what a user waits for. Some seconds on a GPU.
+
+Decode steps likewise, one query over a cache of `bench.decode`: each method at its dearest (TokenSelect voting,
+Recycled Attention with a full step at every check) against the dense step that the engine would take. On a GPU, too,
+without what a launch takes: at batch 1 that is often what a user waits for.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attnpatch import breakeven
 from attnpatch.api import resolve
-from attnpatch.bench.measure import Clock, captured, interleave
+from attnpatch.bench import decode
+from attnpatch.bench.measure import Clock, captured, interleave, per_layer
 from attnpatch.bench.prefill import HEADS, METHODS, computed, problem, terms
 from attnpatch.breakeven import Limits
 from attnpatch.decisions import Selection
@@ -24,6 +30,13 @@ from attnpatch.executors import dense, dispatch, lists, pages, selecting
 
 LENGTHS = {"cuda": (4096, 8192, 16384, 32768), "cpu": (2048, 4096, 8192)}
 SHARES = (0.25, 0.5, 0.75)
+STEPS = {"cuda": (4096, 8192, 16384, 32768, 65536, 131072), "cpu": (2048, 4096, 8192, 16384)}
+DEAREST = {  # method -> what a decode step takes at most, on average over a round; see `decode.AVERAGES`
+    "tokenselect": (("tokenselect miss", 1),),
+    "recycled": decode.AVERAGES[f"{decode.DEFAULT} average, every check full"],
+    "quest": (("quest step", 1),),
+    "hip": decode.AVERAGES["hip average"],
+}
 
 
 class Kind(NamedTuple):
@@ -99,7 +112,7 @@ def measure(
     repeats: int = 5,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Limits]:
-    """Limits of each method. A length at which no measured one paid is the longest plus one."""
+    """Limits of each method that was not dense itself. Where no measured length paid, it is the longest plus one."""
     lengths = tuple(sorted(lengths or LENGTHS.get(device.type, LENGTHS["cpu"])))
     patches = {name: resolve(name, **METHODS[name])[0] for name in methods}
     over: dict[str, dict[int, float]] = {name: {} for name in methods}
@@ -109,29 +122,57 @@ def measure(
     for length in lengths:
         q, kv, ctx = problem(length, HEADS.get(device.type, HEADS["cpu"]), device, dtype)
         runs: dict[str, Callable[[], Any]] = {"dense": partial(dense.run, q, kv, Selection(), ctx)}
-        runs |= {name: partial(computed, patch, q, kv, ctx) for name, patch in patches.items()}
+        asked = [name for name, patch in patches.items() if patch.select(q, kv, ctx) is not None]  # others run dense
+        runs |= {name: partial(computed, patches[name], q, kv, ctx) for name in asked}
         by_share: dict[Kind, dict[str, float]] = {}
         if length in lengths[-2:]:
-            kinds = {name: kind(terms(patch, q, kv, ctx), length) for name, patch in patches.items()}
+            kinds = {name: kind(terms(patches[name], q, kv, ctx), length) for name in asked}
             for each in {k for k in kinds.values() if k is not None}:
                 made = {f"{each} {s}": random_lists(q, s, each) for s in SHARES}
                 runs |= {key: partial(_all, q, kv, ctx, selections) for key, selections in made.items()}
                 by_share[each] = {key: lists.share(x, length, length) or 0.0 for key, x in made.items()}
         ready = {n: captured([run], clock)[0] for n, run in runs.items()}
         times = {n: t["median_ms"] for n, t in interleave(ready, repeats, clock).items()}
-        for name in methods:
+        for name in asked:
             over[name][length] = times[name] / times["dense"]
         for each, named in by_share.items():
             limit = share_limit({share: times[key] for key, share in named.items()}, times["dense"])
             shares.setdefault(each, {})[length] = limit
-        say(f"{length:>7} tokens: " + ", ".join(f"{n} {over[n][length]:.2f}x" for n in methods) + " of dense")
+        say(f"{length:>7} tokens: " + ", ".join(f"{n} {over[n][length]:.2f}x" for n in asked) + " of dense")
     found = {}
     for name, one in kinds.items():
         share, besides = (1.0, 0.0) if one is None else long_limit(shares[one])
         found[name] = Limits(
-            token_limit(over[name]), round(share, 3), over[name][lengths[-1]] <= 1, round(besides, 1)
+            token_limit(over[name]), round(share, 3), over[name][max(over[name])] <= 1, round(besides, 1)
         )  # fmt: skip
     return found
+
+
+@torch.no_grad()
+def measure_steps(
+    device: torch.device,
+    dtype: torch.dtype,
+    lengths: tuple[int, ...] | None = None,
+    repeats: int = 5,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Limits]:
+    """Limits of the decode steps of each method that reads little of a whole cache, against the engine's dense step."""
+    over: dict[str, dict[int, float]] = {name: {} for name in DEAREST}
+    clock, kind = Clock(device, 600), device.type if device.type in STEPS else "cpu"
+    needed = {"dense single", *(part for parts in DEAREST.values() for part, _ in parts)}
+    for length in sorted(lengths or STEPS[kind]):
+        own = decode.layers(length, HEADS[kind], 8 if kind == "cuda" else 1, device, dtype)  # 8: not from the L2
+        calls = {name: call for name, call in decode.variants(own, False)[0].items() if name in needed}
+        times = {n: t["median_ms"] for n, t in per_layer(calls, len(own), repeats, clock)[0].items()}
+        for name, parts in DEAREST.items():
+            if all(part in times for part, _ in parts):
+                mean = sum(times[part] * n for part, n in parts) / sum(n for _, n in parts)
+                over[name][length] = mean / times["dense single"]
+        found = ", ".join(f"{n} {x[length]:.2f}x" for n, x in over.items() if length in x)
+        say(f"{length:>7} keys, a decode step: {found} of dense")
+    return {
+        breakeven.steps(name): Limits(token_limit(x), 1.0, x[max(x)] <= 1) for name, x in over.items() if x
+    }  # fmt: skip
 
 
 def _all(q: torch.Tensor, kv: KV, ctx: Ctx, selections: list[Selection]) -> list[torch.Tensor]:

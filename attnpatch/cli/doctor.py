@@ -17,12 +17,12 @@ PACKAGES = ("accelerate", "safetensors", "flash-attn-4", "flash-attn", "triton",
 
 
 CalibrateOption = Annotated[
-    bool, typer.Option("--calibrate", help="First measure from which length each sparse prefill pays on this machine.")
+    bool, typer.Option("--calibrate", help="First measure from which length sparse attention pays on this machine.")
 ]
 
 
 def doctor(as_json: JsonOption = False, calibrate: CalibrateOption = False) -> None:
-    """Show versions, the GPU, the usable attention backends and what was measured of sparse prefill.
+    """Show versions, the GPU, the usable attention backends and what was measured of sparse attention.
 
     Exit code 1 if attnpatch cannot run here.
     """
@@ -78,7 +78,7 @@ def collect() -> dict[str, Any]:
 
 
 def _measured_with() -> tuple[Any, Any]:
-    """Device and dtype that sparse prefill is measured with here."""
+    """Device and dtype that sparse attention is measured with here."""
     import torch
 
     from attnpatch.executors.backends import here
@@ -88,7 +88,7 @@ def _measured_with() -> tuple[Any, Any]:
 
 
 def _breakeven(problems: list[str]) -> dict[str, Any]:
-    """File, machine and limits of the sparse prefills, as measured."""
+    """File, machine and limits of sparse prefills and decode steps, as measured."""
     from attnpatch import breakeven
 
     where = breakeven.machine(*_measured_with())
@@ -102,12 +102,17 @@ def _breakeven(problems: list[str]) -> dict[str, Any]:
 
 def _calibrate(quiet: bool) -> None:
     from attnpatch import breakeven
-    from attnpatch.bench.breakeven import measure
+    from attnpatch.bench.breakeven import measure, measure_steps
 
     breakeven.folder()  # before minutes of measuring
     device, dtype = _measured_with()
     repeats = 5 if device.type == "cuda" else 2
-    found = measure(device, dtype, repeats=repeats, say=lambda line: None if quiet else typer.echo(line))
+
+    def say(line: str) -> None:
+        if not quiet:
+            typer.echo(line)
+
+    found = measure(device, dtype, repeats=repeats, say=say) | measure_steps(device, dtype, repeats=repeats, say=say)
     file = breakeven.save(breakeven.machine(device, dtype), found)
     if not quiet:
         typer.echo(f"written to {file}\n")
@@ -149,15 +154,15 @@ def _print(data: dict[str, Any]) -> None:
     for b in data["backends"]:
         typer.echo(f"  {b['executor']:<6} {b['name']:<10} {'usable' if b['usable'] else 'not usable: ' + b['reason']}")
     measured = data["breakeven"].get("methods", {})
-    typer.echo("\nsparse prefill pays here:" if measured else "\nsparse prefill: not measured here (--calibrate)")
+    typer.echo("\nsparse attention pays here:" if measured else "\nsparse attention: not measured here (--calibrate)")
     for name, row in measured.items():
         share = f"up to {row['share']:.0%} of the pages" if row["share"] < 1 or row["besides"] else ""
         share += f" less {row['besides']:.0f} / tokens" if row["besides"] else ""
         if row["paid"]:
-            typer.echo(f"  {name:<12} from {row['tokens']} tokens{share and ', '}{share}; else it runs dense")
+            typer.echo(f"  {name:<17} from {row['tokens']} tokens{share and ', '}{share}; else it runs dense")
         else:
             below = f"at no measured length; runs dense below {row['tokens']} tokens"
-            typer.echo(f"  {name:<12} {below}{share and ', from there '}{share}")
+            typer.echo(f"  {name:<17} {below}{share and ', from there '}{share}")
     for problem in data["problems"]:
         typer.echo(f"problem: {problem}")
     if not data["problems"]:

@@ -310,7 +310,7 @@ class Call:
 
     def limits(self, patch: Patch, q: Tensor) -> Limits | None:
         """What was measured of `patch` for q's device and dtype; looked up once a forward, for it may be in a file."""
-        key = (patch.name, q.device, q.dtype)
+        key = (breakeven.steps(patch.name) if self.event == "step" else patch.name, q.device, q.dtype)
         if key not in self._limits:
             self._limits[key] = breakeven.limits(*key)
         return self._limits[key]

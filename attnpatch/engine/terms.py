@@ -37,7 +37,7 @@ def _attend(patch: Patch, call: Call, layer: PatchLayer, q: Tensor, kv: KV, ctx:
     if not torch.is_inference_mode_enabled():  # methods write into what they keep
         for name, x in kv.rows.items():
             kv.rows[name] = x.clone() if x.is_inference() else x
-    limits = call.limits(patch, q) if ctx.phase == "prefill" else None
+    limits = None if patch.repositions else call.limits(patch, q)  # dense would leave the trained positions
     note = _not_now(patch, layer, kv, ctx) or _too_short(patch, kv, limits)
     watch = layer.watch = layer.watch or Stopwatch(q.device)
     begin = watch.mark() if ctx.phase == "prefill" and not note else None

@@ -78,11 +78,20 @@ def profile(
         tokens = EMBEDDED.get(what)
     given = {name: x for name, x in (("trials", trials), ("tokens", tokens), ("text", words),
              ("semantic", semantic), ("budget", budget)) if x is not None}  # fmt: skip
+    _make(out)
     found = _measure(what, loaded, tokenizer, {**given, "seed": seed})
     found.save(out)
     if picture is not None:
         _draw(found, picture)
     _show(found, out, picture, as_json)
+
+
+def _make(out: Path) -> None:
+    """The folder, before the work rather than after it. Raises ConfigError where there can be none."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made ({error.strerror}); name another path.") from None
 
 
 def _check_layer_errors(what: str, semantic: Path | None, budget: int | None) -> None:

@@ -324,7 +324,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(capsys, tmp_pat
     (tmp_path / "file").write_text("x", encoding="utf-8")
     out = tmp_path / "file" / "profile"
     error = one_error(capsys, "profile", "--what", "echo-heads", "--model", "testbed", "--out", out)
-    assert f"--out {out} cannot be made (Not a directory); name another path." in error
+    assert f"--out {out}: {tmp_path / 'file'} is no folder that can be written to; name another path." in error
 
 
 # ---- the embedded model ------------------------------------------------------------------------------------------

@@ -319,6 +319,14 @@ def test_command_errors_are_one_line(folder, tmp_path, capsys):
     assert "is a file; a profile is a folder" in error and not (tmp_path / "p").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("attnpatch.cli.profile._measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    out = tmp_path / "file" / "profile"
+    error = one_error(capsys, "profile", "--what", "echo-heads", "--model", "testbed", "--out", out)
+    assert f"--out {out}: {tmp_path / 'file'} is no folder that can be written to; name another path." in error
+
+
 # ---- the embedded model ------------------------------------------------------------------------------------------
 def right(model, cases):
     """Share of cases whose answer is the arg max at each of its positions, which greedy decoding then gives."""

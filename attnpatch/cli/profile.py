@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,8 +64,7 @@ def profile(
     """Measure attention sinks, retrieval heads and the like, for methods that take a profile."""
     if what not in KINDS:
         raise ConfigError(f"--what {what!r} is not known; choose one of {', '.join(KINDS)}.")
-    if out.is_file():
-        raise ConfigError(f"--out {out} is a file; a profile is a folder, name another path.")
+    _check_folder(out)
     if picture is not None:
         pictures.check(picture, "--picture")
     if text is not None and what == "echo-heads":
@@ -83,6 +83,15 @@ def profile(
     if picture is not None:
         _draw(found, picture)
     _show(found, out, picture, as_json)
+
+
+def _check_folder(out: Path) -> None:
+    """Raise ConfigError before the work rather than after it where no folder can be made; makes none."""
+    if out.is_file():
+        raise ConfigError(f"--out {out} is a file; a profile is a folder, name another path.")
+    at = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not at.is_dir() or not os.access(at, os.W_OK):
+        raise ConfigError(f"--out {out}: {at} is no folder that can be written to; name another path.")
 
 
 def _check_layer_errors(what: str, semantic: Path | None, budget: int | None) -> None:

@@ -197,7 +197,7 @@ def _check_field(patch: str, f: Field, value: Any) -> None:
     choices, low = f.metadata.get("choices"), f.metadata.get("low")
     if choices and value not in choices:
         raise ConfigError(f"{patch}: {f.name}={value!r} is not allowed; choose one of {', '.join(map(repr, choices))}.")
-    if low is not None and value is not None and value < low:
+    if low is not None and value is not None and not value >= low:
         raise ConfigError(f"{patch}: {f.name}={value!r} is too small; it must be at least {low}.")
     high = f.metadata.get("high")
     if high is not None and value is not None and not value <= high:

@@ -73,10 +73,12 @@ def read_pattern(name: str, path: Any, config: Any) -> Tensor:
 
     from attnpatch.profile import structure
 
+    if not isinstance(path, (str, PathLike)):
+        raise ConfigError(f"{name}: pattern={path!r} is no path; name a {PATTERN}, or the folder that holds it.")
     source, shape = Path(path), structure(config)
     source = source / PATTERN if source.is_dir() else source
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{name}: pattern {str(path)!r} cannot be read ({error}); name a {PATTERN}, or the folder that holds it."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -119,8 +120,10 @@ class CAKE(EvictPatch):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("tau1", "tau2"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ConfigError(f"{self.name}: {name}={getattr(self, name)} must be above 0.")
+        if math.isinf(self.gamma):
+            raise ConfigError(f"{self.name}: gamma={self.gamma} is no weight; give a number of 0 or more, such as 200.")
         if self.budget.kind == "tokens" and self.budget.value <= self.window_size:
             raise ConfigError(
                 f"{self.name}: budget {self.budget} must exceed window_size {self.window_size}; change one of them."

@@ -91,6 +91,8 @@ class CompressKV(EvictPatch):
                 f"{self.name}: budget {self.budget} cannot be met: every layer keeps {least} entries at least; raise "
                 "it, or lower min_budget or window_size."
             )
+        if math.isinf(self.max_factor):
+            raise ConfigError(f"{self.name}: max_factor={self.max_factor} is no number; give 1 or more, such as 3.")
         if self.profile is not None and self.heads is not None:
             raise ConfigError(f"{self.name}: profile and heads both name the heads that vote; give one.")
         self._check_lists()
@@ -98,6 +100,10 @@ class CompressKV(EvictPatch):
     def _check_lists(self) -> None:
         if self.heads not in (None, "all"):
             rows = list(self.heads.values()) if isinstance(self.heads, dict) else self.heads
+            if isinstance(self.heads, dict) and not _distinct(list(self.heads)):
+                raise ConfigError(
+                    f"{self.name}: heads={self.heads!r} does not fit: layers are whole numbers; {_WANTED}."
+                )
             if not isinstance(rows, (list, tuple)) or not rows or not all(_distinct(row) for row in rows):
                 raise ConfigError(f"{self.name}: heads={self.heads!r} does not fit; {_WANTED}.")
             if short := [row for row in rows if len(row) < self.first_k]:

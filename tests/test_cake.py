@@ -356,6 +356,8 @@ def test_decisions_reach_earlier_layers_only():
         ({"budget": 32}, "budget 32 must exceed window_size 32"),
         ({"tau1": 0.0}, "tau1=0.0 must be above 0"),
         ({"window_size": 1}, "window_size=1 is too small"),
+        ({"tau2": float("nan")}, "tau2=nan must be above 0"),
+        ({"gamma": float("inf")}, "gamma=inf is no weight"),
         ({"evict_per_chunk": True}, "evict_per_chunk=True is not possible"),
         ({"allocation": "random"}, "choose one of 'exact', 'reference'"),
     ],

@@ -224,6 +224,10 @@ GAP = [[0, 1, 2, 3], [-1] * 4, [0, 1, 2, 3], [0, 1, 2, 3]]
         ({"heads": [[0, 1, 2, 3]] * 3}, "heads lists 3 layers, the model has 4"),
         ({"heads": [[0, 1, 2, 9]] * 4}, "heads names layer 0, head 9; the model has 4 layers of 4 query heads"),
         ({"heads": {7: [0, 1, 2, 3]}}, "heads names layer 7, head 0"),
+        ({"heads": {"0": [0, 1, 2, 3]}}, "does not fit: layers are whole numbers; give {layer"),
+        ({"heads": {-1: [0, 1, 2, 3]}}, "does not fit: layers are whole numbers"),
+        ({"heads": "all", "max_factor": math.inf}, "max_factor=inf is no number"),
+        ({"heads": "all", "max_factor": math.nan}, "max_factor=nan is too small"),
         ({"heads": "all", "first_k": 5}, "first_k=5, but a layer has 4 query heads"),
         ({"heads": "all", "budget": 8}, "budget 8 cannot be met: every layer keeps 9 entries"),
         ({"heads": "all", "budget": 20, "layer_scores": [1] * 4}, "budget 20 cannot be met: every layer keeps 32"),
@@ -243,7 +247,7 @@ GAP = [[0, 1, 2, 3], [-1] * 4, [0, 1, 2, 3], [0, 1, 2, 3]]
         ),
         ({"profile": profile("llama", [[0, 1, 2, 2], *ORDER["llama"][1:]])}, "damaged: its order of layer 0 is none"),
     ],
-    ids=range(22),
+    ids=range(26),
 )
 def test_refusals(hyper, words):
     with pytest.raises(ConfigError, match=words):

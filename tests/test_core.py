@@ -228,6 +228,7 @@ def test_toy_capabilities(toy):
         ({"size": "3"}, "wrong type"),
         ({"size": True}, "wrong type"),
         ({"share": "x"}, "wrong type"),
+        ({"share": float("nan")}, "share=nan is too small"),
         ({"limit": 1}, "at least 2"),
         ({"mode": "c"}, "'a', 'b'"),
         ({"recompress": 1}, "wrong type"),

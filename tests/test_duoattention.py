@@ -93,6 +93,9 @@ def test_a_pattern_is_read_as_written_and_clipped(tmp_path):
     (tmp_path / "p.tsv").write_text("\n".join("\t".join(f"{x:.18e}" for x in row) for row in alpha.tolist()))
     found = _heads.read_pattern("duoattention", tmp_path / "p.tsv", tiny("llama").config)
     assert (found - alpha.clamp(0, 1)).abs().max() < 1e-15
+    lines = (tmp_path / "p.tsv").read_text().splitlines()
+    (tmp_path / "windows.tsv").write_bytes(("\ufeff" + "\r\n".join([*lines, "", ""])).encode())
+    assert torch.equal(_heads.read_pattern("duoattention", tmp_path / "windows.tsv", tiny("llama").config), found)
     gemma = _heads.read_pattern("duoattention", tmp_path / "p.tsv", tiny("gemma3").config)
     assert gemma[:3].isnan().all() and torch.equal(gemma[3], found[3])
 
@@ -307,11 +310,12 @@ SINKS = Profile("sinks", {"first": torch.rand(4, 4)}, SHORT.model, {})
         ({"profile": "/nowhere"}, "no profile at '/nowhere'"),
         ({"profile": OTHER, "pattern": "x"}, "profile and pattern both choose"),
         ({"pattern": "/nowhere/p.tsv"}, "cannot be read"),
+        ({"pattern": 3}, "pattern=3 is no path; name a full_attention_heads.tsv"),
         ({"profile": OTHER, "full_heads": 1.5}, "full_heads=1.5 must lie in 0..1"),
         ({"profile": OTHER, "recent": 0}, "recent=0 is too small"),
         ({"profile": OTHER, "budget": 8}, "no hyperparameter 'budget'"),
     ],
-    ids=["none", "model", "layers", "tensor", "kind", "type", "folder", "both", "file", "share", "recent", "budget"],
+    ids=range(13),
 )
 def test_refusals(hyper, words):
     model = tiny("llama")

@@ -350,6 +350,9 @@ def test_demo_with_a_stand_in(capsys, monkeypatch, folder):
     assert data["runs"][1]["bytes_held"] < 0.3 * data["runs"][1]["bytes_dense"]
     code, out, err = outcome(capsys, "demo", "--length", "256", "--budget", "0.25")
     assert code == 0 and "verdict" in out and "dense" in out and "KV bytes held" in out and "100%" in err
+    code, out, _ = outcome(capsys, "demo", "--length", "256", "--patch", "flexprefill")
+    assert code == 0 and "flexprefill: gamma=" in out, "a method without a budget is given none"
+    assert "no hyperparameter 'budget'" in one_error(capsys, "demo", "--patch", "flexprefill", "--budget", "9")
 
 
 @needs_weights

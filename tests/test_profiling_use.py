@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -362,3 +363,34 @@ def test_retrieval_heads_of_the_embedded_model_matter():
     with profiling.masked(model, [(0, 5)]):
         assert right(model, cases) == 0.0 and profile.tensors["score"][0, 5] < 0.1
     assert right(model, cases) == 1.0 and control >= 0.75 and without <= 0.5
+
+
+@needs_weights
+@pytest.mark.parametrize(("name", "options"), [
+    ("duoattention", {"full_heads": 0.125, "sink": 4, "recent": 64}),
+    ("razorattention", {"induction_ratio": 0.14, "echo_ratio": 0.01, "local_capacity": 64}),
+], ids=["duoattention", "razorattention"])  # fmt: skip
+def test_profiled_heads_find_more_than_as_many_others(name, options, tmp_path):
+    """One of 4 codes in 1024 tokens, which only the full heads hold; the other draws share the scores out anew."""
+    from attnpatch import patched, testbed
+    from attnpatch.testbed import tasks
+
+    model, tokenizer = testbed.load()
+    if name == "duoattention":
+        profile = profiling.retrieval_heads(model, tokenizer, trials=10, tokens=640, steps=8)
+    else:
+        profile = profiling.echo_heads(model, tokenizer, block=500)
+    cases = [tasks.make("needle", 1024, keys=4, seed=900 + i, tokenizer=tokenizer) for i in range(8)]
+    ids, found = torch.tensor([case.prompt_ids for case in cases]), []
+    for seed in (None, 0, 1, 2):
+        generator = torch.Generator().manual_seed(seed or 0)
+        tensors = {
+            n: x if seed is None else x.flatten()[torch.randperm(x.numel(), generator=generator)].view_as(x)
+            for n, x in profile.tensors.items()
+        }
+        folder = replace(profile, tensors=tensors).save(tmp_path / str(seed))
+        with patched(model, name, profile=str(folder), **options):
+            new = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[:, 1024:].tolist()
+        found.append(sum(row[: len(c.answer_ids)] == c.answer_ids for row, c in zip(new, cases, strict=True)) / 8)
+    ours, *others = found
+    assert ours >= max(others) and ours - sum(others) / 3 > 0.25, found

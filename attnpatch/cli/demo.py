@@ -17,19 +17,26 @@ WIDE_POOLING = 13  # SnapKV's published setting for Command-R
 
 def demo(
     length: Annotated[int, typer.Option("--length", min=256, help="Tokens of the prompt.")] = 16384,
-    budget: Annotated[str, typer.Option("--budget", help="KV entries kept: tokens, ratio or bytes.")] = "0.04",
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="KV entries kept: tokens, ratio or bytes. Default: 0.04, if any.")
+    ] = None,
     patch: Annotated[str, typer.Option("--patch", help="The method to show.")] = "snapkv",
     seed: Annotated[int, typer.Option("--seed", help="Which text and needle.")] = 0,
     as_json: c.JsonOption = False,
 ) -> None:
     """Find a needle in 16k tokens with the embedded model, dense and with a method, side by side."""
+    from dataclasses import fields
+
+    from attnpatch.patch import get_patch
     from attnpatch.recipe import Recipe
 
     if "+" in patch:
         raise ConfigError(f"the demo shows one method, not {patch!r}; name one (attnpatch list shows all).")
     # a five-digit needle and its key span more tokens than the recipe's pooling of 7 keeps together
     wide = {"kernel_size": WIDE_POOLING} if patch in ("snapkv", "pyramidkv") else {}
-    patches = Recipe(patch, {"budget": budget, **wide}).build()
+    if budget is None and any(f.name == "budget" for f in fields(get_patch(patch))):  # others have none to give
+        budget = "0.04"
+    patches = Recipe(patch, wide if budget is None else {"budget": budget, **wide}).build()
     model, tokenizer = c.load_testbed()
     from attnpatch.testbed import tasks
 

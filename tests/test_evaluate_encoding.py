@@ -64,7 +64,7 @@ def test_a_byte_level_tokenizer_is_cut_where_no_token_spans(template):
 
     tokenizer = AutoTokenizer.from_pretrained(testbed.path())
     texts = {"context": "The crow sat on the wal", "questions": ("l, and then?", "ls were low?")}
-    sample = replace(evaluation.sample(), **texts, template=template, answers=((), ()))
+    sample = replace(evaluation.sample(), **texts, template=template, answers=(("a",), ("b",)))
     encoded = Encoder(tokenizer, False, "query-agnostic", questions="requests").encode(sample, 4)
     for number, question in enumerate(sample.questions):
         assert tokenizer.decode(encoded.whole(number)) == template.format(context=sample.context, question=question)
@@ -134,7 +134,7 @@ REFUSALS = [
     (encoder(chat=False), {"context": "", "questions": ("",)}, InputError, "has no tokens; give some text"),
     (
         encoder(template="<user> {{ messages[0]['content'] }} <bot>"),
-        {"questions": ("w1", "w2"), "answers": ((), ())}, ConfigError,
+        {"questions": ("w1", "w2"), "answers": (("a",), ("b",))}, ConfigError,
         "does not show a second turn.* give --questions requests",
     ),
 ]  # fmt: skip

@@ -262,7 +262,7 @@ def test_a_row_of_pads_alone_is_zero():
         ({"gamma": 1.02}, "0 < gamma <= 1.01"),
         ({"gamma": float("nan")}, "0 < gamma <= 1.01"),
         ({"tau": -0.1}, "tau=-0.1 is too small; it must be at least 0"),
-        ({"tau": float("nan")}, "give tau >= 0"),
+        ({"tau": float("nan")}, "tau=nan is too small; it must be at least 0"),
         ({"block_size": 48}, "block_size=48 is not allowed; choose one of 16, 32, 64, 128"),
         ({"min_budget": 0}, "min_budget=0 is too small"),
         ({"max_budget": 512}, "max_budget=512 is below min_budget=1024"),

@@ -228,7 +228,7 @@ def test_soft_capped_logits_are_dense():
         ({"vertical": 0}, "vertical=0 is too small"),
         ({"slash": 2.5}, "slash=2.5 has the wrong type; expected int"),
         ({"ratio": 0}, "ratio=0 is out of range; give a number above 0"),
-        ({"ratio": float("nan")}, "ratio=nan is out of range"),
+        ({"ratio": float("nan")}, "ratio=nan is too small; it must be at least 0"),
         ({"heads": []}, "heads is no table; give one list per layer"),
         ({"heads": [[[30, 100]], [[30]]]}, r"heads\[1\]=\[\[30\]\] does not fit; give one list per layer"),
         ({"heads": [[[30, 0]]]}, "whole numbers from 1"),

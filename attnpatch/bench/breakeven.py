@@ -165,8 +165,7 @@ def measure_steps(
         calls = {name: call for name, call in decode.variants(own, False)[0].items() if name in needed}
         times = {n: t["median_ms"] for n, t in per_layer(calls, len(own), repeats, clock)[0].items()}
         for name, parts in DEAREST.items():
-            if all(part in times for part, _ in parts):
-                mean = sum(times[part] * n for part, n in parts) / sum(n for _, n in parts)
+            if (mean := decode.average(times, parts)) is not None:
                 over[name][length] = mean / times["dense single"]
         found = ", ".join(f"{n} {x[length]:.2f}x" for n, x in over.items() if length in x)
         say(f"{length:>7} keys, a decode step: {found} of dense")

@@ -211,6 +211,13 @@ def variants(own: list[Layer], quick: bool) -> tuple[dict[str, list[Callable[[],
     return calls, about
 
 
+def average(median: dict[str, float], parts: tuple[tuple[str, int], ...]) -> float | None:
+    """Mean time of a round's steps, as `AVERAGES` has them; None where one of them was not measured."""
+    if not all(part in median for part, _ in parts):
+        return None
+    return sum(median[part] * n for part, n in parts) / sum(n for _, n in parts)
+
+
 def row(own: list[Layer], repeats: int, clock: Clock, quick: bool) -> dict[str, Any]:
     """Times of one layer's step by every variant, in milliseconds, and their ratios to the fastest dense one."""
     calls, about = variants(own, quick)
@@ -218,8 +225,8 @@ def row(own: list[Layer], repeats: int, clock: Clock, quick: bool) -> dict[str, 
     result = {"keys": own[0].kv.S, "layers": len(own), "methods": about, "clock": clocks, "errors": errors}
     median = {name: summary["median_ms"] for name, summary in times.items()}
     for name, parts in AVERAGES.items():
-        if all(part in median for part, _ in parts):
-            median[name] = sum(median[part] * n for part, n in parts) / sum(n for _, n in parts)
+        if (mean := average(median, parts)) is not None:
+            median[name] = mean
     best = min((n for n in median if n.startswith("dense")), key=lambda n: median[n])
     over = {name: round(value / median[best], 5) for name, value in median.items() if name != best}
     return {**result, "times": times, "fastest_dense": best, "over_dense": over}

@@ -157,7 +157,7 @@ def launch(
     (batch, heads, lists, samples, dim), kv_heads, chunks = q.shape, k.shape[1], start.shape[2]
     q, k, start, limit = rowwise(q), rowwise(k), rowwise(start), rowwise(limit)
     far = q if further is None else rowwise(further.to(q.dtype))
-    few = lists * triton.cdiv(chunks, 64) * batch * kv_heads <= 2 * processors(k.device)
+    few = lists * -(-chunks // 64) * batch * kv_heads <= 2 * processors(k.device)
     each = chunk_scores.parts(q, k, further is not None)
     sizes = shapes(samples, dim, k.element_size(), each, large=chunk_scores.large(k.device), few=few, **config)
     together = 1 if few else heads // kv_heads
@@ -166,7 +166,7 @@ def launch(
     if score.numel() == 0:
         return score.amax(dim=1)
     # key heads come last, so that what runs at once reads the keys of few
-    _kernel[(triton.cdiv(chunks, sizes["N"]) * lists, batch * parts)](
+    _kernel[(-(-chunks // sizes["N"]) * lists, batch * parts)](
         q, far, limit, k, start, end, score,
         *strides(q, 4), *strides(far, 4), *strides(limit, 2), *strides(k, 3), *strides(start, 2), *strides(end, 2),
         lists, chunks, parts, heads // kv_heads,

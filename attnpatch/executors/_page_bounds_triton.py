@@ -77,7 +77,7 @@ def scores(
     q, bounds = rowwise(q), rowwise(bounds)
     group, block = heads // kv_heads, 64 if dim * q.element_size() <= 256 else 32
     out = torch.empty(batch, kv_heads if largest else heads, pages, dtype=torch.float32, device=q.device)
-    _scores[(triton.cdiv(pages, block), batch * kv_heads)](
+    _scores[(-(-pages // block), batch * kv_heads)](
         q, bounds, q if end is None else end, q if last is None else last, out, *q.stride()[:2], *bounds.stride()[:3],
         0 if end is None else end.stride(0), 0 if last is None else last.stride(0), pages, kv_heads,
         SIZE=page, D=dim, WIDE=max(16, power_of_2(dim)), GROUP=group,

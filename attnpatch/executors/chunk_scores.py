@@ -93,7 +93,7 @@ def _run_torch(
 ) -> torch.Tensor:  # fmt: skip
     """Block after block, as many at once as gathered keys fit MAX_BLOCK."""
     batch, heads, lists, samples, dim = q.shape
-    step = max(1, column_sums.MAX_BLOCK // (batch * heads * 2 * max(1, start.shape[-1]) * max(dim, samples)))
+    step = column_sums.rows_per_block(batch, heads, 2 * max(1, start.shape[-1]) * max(dim, samples), lists)
     scores = []
     for begin in range(0, lists, step):
         part = slice(begin, begin + step)
